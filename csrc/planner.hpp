@@ -1,0 +1,2 @@
+// Plans of grouped steps and counter-based iteration tables.
+#pragma once
