@@ -1,0 +1,404 @@
+"""Stage results on disk: a folder with its files and a manifest.json, written atomically, resumable, checked when read."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from fd2fast.errors import UserError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+STATE = "state"
+_TEMPORARY = ".fd2fast-tmp-"
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed onto it when the block ends well and removed when it does not.
+
+    Raises UserError (with the space left) when the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        _remove(temporary)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(
+                f"no space left while writing {path} ({free / 1e6:.1f} MB free there); what was finished before is kept: "
+                "free some space and run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys in the order given."""
+    write_bytes(path, (json.dumps(value, indent=1, default=_plain) + "\n").encode())
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file atomically."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def write_torch(path: Path, value: Any) -> None:
+    """Write tensors and plain values (readable with weights_only=True) atomically."""
+    import torch
+
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:  # torch's zip writer hides ENOSPC in a RuntimeError
+            if shutil.disk_usage(temporary.parent).free < 1 << 20:
+                raise OSError(errno.ENOSPC, "No space left on device") from error
+            raise
+
+
+def read_torch(path: Path) -> Any:
+    """Read what write_torch wrote; a pickle with anything but tensors and plain values is refused."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is not a file of tensors: {str(error).splitlines()[0]}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple | set):
+        return list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{type(value).__name__} cannot be stored in a manifest")
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """The fields of a config that decide the result; fields marked metadata={"result": False} are left out."""
+    fields = [f for f in dataclasses.fields(config) if f.metadata.get("result", True)]
+    return json.loads(json.dumps({f.name: getattr(config, f.name) for f in fields}, default=_plain))
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's canonical JSON, 64 hex digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A finished stage result. `manifest` holds kind, id, config, parents, files, classes, size, mean, std, facts, measured."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return self.manifest["kind"]
+
+    @property
+    def id(self) -> str:
+        """Hash of the config, the parents and every file: equal ids mean equal bytes."""
+        return self.manifest["id"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.manifest["config"]
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; the index is the label."""
+        return self.manifest["classes"]
+
+    @property
+    def size(self) -> int:
+        """Side of the images, pixels."""
+        return self.manifest["size"]
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return tuple(self.manifest["mean"])
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return tuple(self.manifest["std"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the stage wants its readers to know (accuracies, counts, names)."""
+        return self.manifest["facts"]
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """Seconds, peak memory and machine: not part of the identity."""
+        return self.manifest["measured"]
+
+    def file(self, name: str) -> Path:
+        """Path of one of its files; UserError if the manifest does not list it or it is gone."""
+        if name not in self.manifest["files"]:
+            raise UserError(
+                f"{self.kind} artifact {self.path} has no file {name!r}: it holds {sorted(self.manifest['files'])[:8]}"
+            )
+        path = self.path / name
+        if not path.is_file():
+            raise UserError(f"{path} is listed in its manifest but missing: make the {self.kind} again")
+        return path
+
+    def verify(self) -> None:
+        """Compare every file with the manifest's hash; UserError names the first that differs."""
+        for name, expected in self.manifest["files"].items():
+            if file_digest(self.file(name)) != expected:
+                raise UserError(
+                    f"{self.path / name} was changed after it was made (its sha256 differs from the manifest)"
+                )
+
+    def must_fit(self, other: Artifact) -> None:
+        """UserError unless both speak of the same classes in the same order, the same size and normalisation."""
+        for name, mine, theirs in (
+            ("classes", self.classes, other.classes),
+            ("image size", self.size, other.size),
+            ("mean", list(self.mean), list(other.mean)),
+            ("std", list(self.std), list(other.std)),
+        ):
+            if mine != theirs:
+                raise UserError(
+                    f"{self.kind} artifact {self.path} does not fit {other.kind} artifact {other.path}: "
+                    f"{name} {_difference(mine, theirs)}"
+                )
+
+
+def _difference(mine: Any, theirs: Any) -> str:
+    if isinstance(mine, list) and isinstance(theirs, list):
+        if len(mine) != len(theirs):
+            return f"{len(mine)} against {len(theirs)} entries"
+        at = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+        return f"differ at index {at}: {mine[at]!r} against {theirs[at]!r}"
+    return f"{mine!r} against {theirs!r}"
+
+
+def load(path: Path | str, kind: str | None = None) -> Artifact:
+    """Read a finished artifact; UserError if it is missing, unfinished, of another kind or from a newer version."""
+    path = Path(path)
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; wanted the folder of a {kind or 'stage'} artifact")
+    if not file.is_file():
+        state = "an unfinished one: run its command again" if (path / STATE).exists() else "it has no manifest.json"
+        raise UserError(f"{path} is not a finished {kind or 'stage'} artifact ({state})")
+    try:
+        manifest = json.loads(file.read_text())
+        schema, found = manifest["schema"], manifest["kind"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a manifest of fd2fast: {error}") from error
+    if schema != SCHEMA:
+        raise UserError(f"{file} has manifest version {schema}, this fd2fast reads {SCHEMA}")
+    if kind is not None and found != kind:
+        raise UserError(f"{path} holds a {found} artifact; wanted a {kind} artifact")
+    return Artifact(path, manifest)
+
+
+class Stage:
+    """The writing side of an artifact. Made by `open_stage`.
+
+    `finished` is the artifact when an equal run ended before; then there is nothing to do. Otherwise write files below
+    `path` (atomically, with the helpers of this module), what resuming needs below `state`, and call `finish`.
+    """
+
+    def __init__(self, path: Path, kind: str, config: dict[str, Any], parents: dict[str, dict[str, str]]):
+        self.path = path
+        self.kind = kind
+        self.state = path / STATE
+        self.finished: Artifact | None = None
+        self._config = config
+        self._parents = parents
+        self._started = time.monotonic()
+        self._before = 0.0
+
+    def finish(
+        self,
+        *,
+        classes: list[str],
+        size: int,
+        mean: tuple[float, ...] | list[float],
+        std: tuple[float, ...] | list[float],
+        facts: Mapping[str, Any] | None = None,
+        measured: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Hash every file, write the manifest, drop the resume state."""
+        files = {
+            p.relative_to(self.path).as_posix(): file_digest(p)
+            for p in sorted(self.path.rglob("*"))
+            if p.is_file() and self.state not in p.parents and p.name != MANIFEST
+        }
+        identity = {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "config": self._config,
+            "config_hash": digest(self._config),
+            "parents": self._parents,
+            "classes": list(classes),
+            "size": int(size),
+            "mean": [float(v) for v in mean],
+            "std": [float(v) for v in std],
+            "facts": dict(facts or {}),
+            "files": files,
+        }
+        parents = {name: parent["id"] for name, parent in self._parents.items()}
+        manifest = {
+            "id": digest({**identity, "parents": parents}),
+            **identity,
+            "versions": _versions(),
+            "measured": {
+                "seconds": round(self._before + time.monotonic() - self._started, 3),
+                "peak_memory_bytes": _peak_memory(),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                **dict(measured or {}),
+            },
+        }
+        write_json(self.path / MANIFEST, manifest)
+        shutil.rmtree(self.state, ignore_errors=True)
+        return Artifact(self.path, json.loads(json.dumps(manifest, default=_plain)))
+
+    def checkpoint(self, name: str, value: Any) -> None:
+        """Save resume state (tensors and plain values) and the seconds spent so far."""
+        write_torch(self.state / name, value)
+        write_json(self.state / "seconds.json", self._before + time.monotonic() - self._started)
+
+    def restore(self, name: str) -> Any | None:
+        """The state that `checkpoint` saved, or None on a first run."""
+        path = self.state / name
+        return read_torch(path) if path.is_file() else None
+
+
+def open_stage(
+    path: Path | str,
+    kind: str,
+    config: Any,
+    parents: Mapping[str, Artifact],
+    *,
+    overwrite: bool = False,
+) -> Stage:
+    """Begin, resume or find finished the artifact of `kind` at `path`.
+
+    A folder that holds another result (other settings, other parents, other kind) or foreign files is refused with the
+    difference, unless `overwrite` (which removes an fd2fast artifact, never foreign files).
+    """
+    path = Path(path)
+    settings = config_dict(config)
+    roots = {name: {"kind": parent.kind, "id": parent.id} for name, parent in parents.items()}
+    wanted = {"kind": kind, "config": settings, "parents": roots}
+    begun, manifest = path / STATE / "begun.json", path / MANIFEST
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; wanted a folder to write the {kind} to")
+    known = manifest if manifest.is_file() else begun if begun.is_file() else None
+    if known is not None and overwrite:
+        shutil.rmtree(path)
+        known = None
+    if known is None and path.is_dir() and any(p.name != STATE for p in path.iterdir()):
+        raise UserError(f"{path} holds other files; wanted an empty or new folder for the {kind}")
+    stage = Stage(path, kind, settings, roots)
+    if known is not None:
+        try:
+            found = json.loads(known.read_text())
+            difference = _first_difference({k: found[k] for k in wanted}, wanted)
+        except (json.JSONDecodeError, KeyError) as error:
+            raise UserError(f"{known} is damaged ({error}); remove {path} and run again") from error
+        if difference:
+            raise UserError(
+                f"{path} holds a {kind if found['kind'] == kind else found['kind']} made with other settings: {difference}; "
+                "choose another output folder, or --overwrite to make it anew"
+            )
+        if known == manifest:
+            stage.finished = load(path, kind)
+            return stage
+    for stale in path.rglob(f"{_TEMPORARY}*"):
+        _remove(stale)
+    if known is None:
+        write_json(begun, wanted)
+    with contextlib.suppress(OSError, ValueError):
+        stage._before = float(json.loads((stage.state / "seconds.json").read_text()))
+    return stage
+
+
+def _first_difference(found: Any, wanted: Any, where: str = "") -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in dict.fromkeys([*wanted, *found]):
+            there = f"{where}.{key}" if where else str(key)
+            if key not in found or key not in wanted:
+                return f"{there} is {'new' if key not in found else 'gone'}"
+            if difference := _first_difference(found[key], wanted[key], there):
+                return difference
+        return ""
+    return "" if found == wanted else f"{where} was {found!r}, now {wanted!r}"
+
+
+def _versions() -> dict[str, str]:
+    names = ("fd2fast", "torch", "torchvision", "timm", "numpy", "pillow")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(Exception):
+            found[name] = version(name)
+    return found
+
+
+def _peak_memory() -> int:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def open_text(path: Path) -> IO[str]:
+    """Open a text file of a user's data set; UserError if it is missing."""
+    try:
+        return open(path, encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error

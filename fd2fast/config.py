@@ -1,0 +1,294 @@
+"""Frozen settings of every stage, from which the command line is made; None means: from the method, data set or teacher.
+
+The comment above a field is its help text: unit, meaning, source. Fields marked `_runtime` do not change the result and are
+not part of an artifact's identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+DATASETS = ("typefaces", "cub", "aircraft", "cars", "imagenette", "imagewoof", "folder")
+
+
+def _runtime(default: Any) -> Any:
+    return field(default=default, metadata={"result": False})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, at which size."""
+
+    # Data set: typefaces (built in), cub, aircraft, cars, imagenette, imagewoof or folder (train/CLASS/*, test/CLASS/*).
+    dataset: str = "typefaces"
+    # Folder that holds the data set in its official layout; typefaces need none.
+    root: Path | None = None
+    # Side of the square every image is resized to, pixels (squashed, bilinear with antialiasing).
+    size: int = 64
+    # A file that is no readable image: stop and name it, or skip it and list it in the manifest.
+    bad_images: Literal["error", "skip"] = "error"
+    # Channel means in [0, 1]; None: the known value of the data set, else measured on the training images.
+    mean: tuple[float, float, float] | None = None
+    # Channel standard deviations; None: as for the mean.
+    std: tuple[float, float, float] | None = None
+    # typefaces: number of faces.
+    classes: int = 20
+    # typefaces: training images of each class.
+    train_per_class: int = 60
+    # typefaces: test images of each class (other words than in training).
+    test_per_class: int = 30
+    # typefaces: folder searched for .ttf, .otf and .woff2 files; None: the faces that come with matplotlib.
+    fonts: Path | None = None
+    # typefaces: seed of the generator.
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Train one teacher: backbone + CAL head + class prototypes (Eq. 4-8)."""
+
+    # Backbone: ResNet18, ResNet50, DenseNet121, MobileNetV2, ShuffleNetV2 or timm:NAME[,key=value...] (any CNN with BatchNorm).
+    model: str = "ResNet18"
+    # Starting weights: a local .pth or .safetensors file, "hub" to fetch ImageNet weights by name, None: from scratch.
+    weights: str | None = None
+    # Attention maps M; None: the paper's value for this data set and backbone (App. Table 3), else 8.
+    attention_maps: int | None = None
+    # Share of the CAL branch in the losses, alpha of Eq. 8 and 11; None: as attention_maps, else 0.5.
+    alpha: float | None = None
+    # Prototype momentum mu of Eq. 5.
+    mu: float = 0.05
+    # Prototypes of the centre loss; both are kept. ema: c <- (1-mu) c + mu Norm(z), started at the class's first Norm(z) (paper).
+    # last: c <- c + mu (z - Norm(c)), started at 0 (released code; equals mu times the class's last z).
+    prototype_rule: Literal["ema", "last"] = "ema"
+    # Weight eta of the centre loss in Eq. 6.
+    center_weight: float = 1.0
+    # Passes over the training images.
+    epochs: int = 51
+    # Images of one step (the attention crop and drop add twice as many).
+    batch_size: int = 4
+    # Attention crop and drop views (CAL); off makes a step three times cheaper.
+    attention_views: bool = True
+    # Optimiser over backbone and head.
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    # Learning rate at the start.
+    lr: float = 1e-3
+    # SGD momentum.
+    momentum: float = 0.9
+    # Weight decay.
+    weight_decay: float = 1e-5
+    # step: lr * rate^(epoch/duration) (released). cosine: half a cosine down to 0 with a linear warm-up.
+    schedule: Literal["step", "cosine"] = "step"
+    # Factor of the step schedule.
+    rate: float = 0.9
+    # Epochs over which the factor acts.
+    duration: float = 2.0
+    # Epochs of linear warm-up (cosine schedule).
+    warmup: float = 0.0
+    # Label smoothing of the cross entropies.
+    label_smoothing: float = 0.0
+    # Probability of a horizontal flip.
+    flip: float = 0.5
+    # Colour jitter: brightness, contrast, saturation, hue.
+    color_jitter: tuple[float, float, float, float] = (0.2, 0.2, 0.2, 0.1)
+    # Largest rotation to either side, degrees.
+    rotation: float = 15.0
+    # Smallest area share of a random resized crop; 1 takes the whole image (released).
+    min_crop: float = 1.0
+    # Epochs between evaluations on the test images; the last epoch is always evaluated.
+    eval_every: int = 10
+    # Which weights are kept: the last epoch's or the best evaluated epoch's.
+    keep: Literal["last", "best"] = "last"
+    # Arithmetic: fp32, or autocast to bf16 or fp16 (norms and losses stay in fp32).
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # Seed of initialisation, order and augmentation.
+    seed: int = 0
+    # Device, e.g. cpu or cuda:0; auto takes a GPU when there is one.
+    device: str = _runtime("auto")
+
+
+@dataclass(frozen=True)
+class PatchesConfig:
+    """Cut real crops and let the teacher pick: the initial images (RDED)."""
+
+    # Cells along one side: 1 keeps the best single crop, 2 makes a 2 x 2 mosaic.
+    factor: Literal[1, 2] = 2
+    # Initial images of each class.
+    per_class: int = 5
+    # Random crops tried on each training image.
+    crops: int = 5
+    # Training images of each class that are searched; None: as many as the smallest class has.
+    pool: int | None = None
+    # Smallest area share of a crop.
+    min_crop: float = 0.08
+    # Seed of the crops.
+    seed: int = 0
+    # Device.
+    device: str = _runtime("auto")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Optimise the synthetic images. `method` and `semantics` fill every field that is None (see fd2fast/methods.py)."""
+
+    # sre2l++, fadrm, fadrm+, cvdd, each with _fd2 for FD2 on top; or a baseline: random, herding, kcenter, rded.
+    method: str = "sre2l++_fd2"
+    # paper: as the paper describes FD2. released: as the published code computes it.
+    semantics: str = "paper"
+    # Images per class.
+    ipc: int = 1
+    # Classes optimised as one batch, whose BN statistics are matched together; None: 100, or all when there are fewer.
+    segment_size: int | None = None
+    # Segments in one step; changes speed and memory only, but is recorded because rounding depends on it.
+    segments_per_step: int = 1
+    # Iterations of each phase.
+    iterations: tuple[int, ...] | None = None
+    # Image side of each phase, pixels.
+    sizes: tuple[int, ...] | None = None
+    # Share of the image kept at the start of every later phase; the rest is the initial image again (FADRM's residual); 1: none.
+    residual: float | None = None
+    # Learning rate of Adam on the pixels; falls as half a cosine over all phases.
+    lr: float | None = None
+    # Adam's betas.
+    betas: tuple[float, float] = (0.5, 0.9)
+    # Adam's epsilon.
+    adam_eps: float = 1e-8
+    # Weight of the BN-statistic loss.
+    r_bn: float | None = None
+    # Extra factor on the first BN layer.
+    first_bn_multiplier: float = 10.0
+    # all: weighted sum over teachers in every iteration. round_robin: one teacher per iteration.
+    teacher_schedule: Literal["all", "round_robin"] | None = None
+    # Teachers drawn for each image id (CV-DD); None: all.
+    teachers_per_image: int | None = None
+    # Committee weights: equal, or prior = softmax(accuracy in percent / 5) (CV-DD).
+    teacher_weights: Literal["equal", "prior"] = "equal"
+    # Start from patches, real images or Gaussian noise.
+    init: Literal["patches", "real", "noise"] | None = None
+    # One random resized crop and flip per segment and iteration.
+    augment: bool | None = None
+    # Smallest area share of that crop.
+    min_crop: float = 0.08
+    # Largest roll along both axes, pixels; None: 32 at 224, 4 at 64 and below, in proportion between.
+    jitter: int | None = None
+    # FD2: constraints L_F and L_S, and L_cls in place of the cross entropy.
+    fd2: bool | None = None
+    # Prototypes of L_F: ema, used as they are (paper), or last (released); see PretrainConfig.prototype_rule.
+    prototypes: Literal["ema", "last"] | None = None
+    # Share of the CAL branch in L_cls; None: each teacher's own.
+    alpha: float | None = None
+    # lambda of Eq. 12: weight of L_F, and 1 - lambda of L_S.
+    lam: float | None = None
+    # beta of Eq. 9: share of the own prototype.
+    beta: float = 0.5
+    # Images of a class that repel each other's attention, N_S.
+    group_size: int = 4
+    # epsilon of the normalised distance.
+    eps: float = 1e-6
+    # Keep the base method's cross entropy beside L_cls (Eq. 12 read literally).
+    keep_base_ce: bool = False
+    # L_S is dropped in iterations in which it is below this value (released); None: never.
+    ls_threshold: float | None = None
+    # View of the finished images whose attention is the prior: clean, or cropped and flipped once (released).
+    prior_view: Literal["clean", "augmented"] | None = None
+    # Which patch starts an image: its own id's, or one drawn at random (released).
+    patch_choice: Literal["id", "random"] | None = None
+    # File format of the distilled images; the prior is read back from these files.
+    save_format: Literal["png", "jpg"] | None = None
+    # To 8 bits by rounding or by truncation (released).
+    quantize: Literal["round", "truncate"] | None = None
+    # Arithmetic of the teacher: fp64 for parity, fp32, bf16, fp16.
+    precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
+    # Seed of initial images, crops, flips and rolls.
+    seed: int = 0
+    # Iterations between saves of the unfinished step.
+    save_every: int = _runtime(200)
+    # Device.
+    device: str = _runtime("auto")
+
+
+@dataclass(frozen=True)
+class RelabelConfig:
+    """Soft labels for every augmented view a student will see (FKD)."""
+
+    # Epochs of labels; the student trains as many.
+    epochs: int = 300
+    # Images of one batch; None: 20, or fewer for a smaller set (batch-specific labels depend on it).
+    batch_size: int | None = None
+    # batch: teacher in train mode on half batches ("batch-specific soft labels"). eval: teacher in eval mode.
+    teacher_mode: Literal["batch", "eval"] = "batch"
+    # Branch that labels: backbone (paper) or cal.
+    source: Literal["backbone", "cal"] = "backbone"
+    # Smallest area share of the per-image crop.
+    min_crop: float = 0.08
+    # Mix pairs of images: cutmix or none.
+    mix: Literal["cutmix", "none"] = "cutmix"
+    # Beta(a, a) of the mixing share.
+    mix_alpha: float = 1.0
+    # Probability of a horizontal flip.
+    flip: float = 0.5
+    # Weights of the teachers' logits: equal, or prior = softmax(accuracy in percent / 10).
+    teacher_weights: Literal["equal", "prior"] = "equal"
+    # Seed of order, crops and mixing.
+    seed: int = 42
+    # Device.
+    device: str = _runtime("auto")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Train students from scratch on the distilled images and test them on the real test images."""
+
+    # Student: as the teacher's model names; plain backbone without CAL head.
+    model: str = "ResNet18"
+    # soft: the stored labels (KL divergence). hard: the class (cross entropy), as for the selection baselines.
+    labels: Literal["soft", "hard"] = "soft"
+    # One student per seed.
+    seeds: tuple[int, ...] = (0, 1, 2)
+    # Temperature of the KL divergence.
+    temperature: float = 20.0
+    # AdamW learning rate.
+    lr: float = 1e-3
+    # AdamW weight decay, on tensors of two or more dimensions.
+    weight_decay: float = 1e-5
+    # lr(e) = (1 + cos(pi e / (E eta))) / 2 * lr.
+    eta: float = 2.0
+    # Each batch is split into so many optimiser-step parts whose gradients are added.
+    accumulation: int = 2
+    # Epochs between tests; the last epoch is always tested.
+    eval_every: int = 10
+    # Images of one test batch.
+    test_batch: int = 64
+    # Arithmetic of the student: fp32, or autocast to bf16 or fp16.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # Device.
+    device: str = _runtime("auto")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole way: data set, teachers, patches, then every method distilled, labelled and evaluated, and a report."""
+
+    # Output folder; run the same command again to resume.
+    out: Path = Path("runs/typefaces")
+    # Teachers' backbones; methods with one teacher take the first.
+    teachers: tuple[str, ...] = ("ResNet18",)
+    # Methods, in the order of the table.
+    methods: tuple[str, ...] = ("random", "rded", "sre2l++", "sre2l++_fd2")
+    # Images per class: one or several; smaller sets are the first ids of the largest.
+    ipc: tuple[int, ...] = (1,)
+    # Students' backbones.
+    students: tuple[str, ...] = ("ResNet18",)
+    data: DataConfig = DataConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    patches: PatchesConfig = PatchesConfig()
+    distill: DistillConfig = DistillConfig()
+    relabel: RelabelConfig = RelabelConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def replace(config: Any, **changes: Any) -> Any:
+    """dataclasses.replace, here so that callers need one import."""
+    return dataclasses.replace(config, **changes)

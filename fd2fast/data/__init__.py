@@ -1,0 +1,1 @@
+"""Data sets: layouts on disk, the built-in typefaces, prepared image arrays."""

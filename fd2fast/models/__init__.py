@@ -1,0 +1,1 @@
+"""Teachers and students: backbones, the CAL head, prototypes."""

@@ -1,0 +1,1 @@
+"""The stages: each run(config, out, *artifacts) -> Artifact; none imports another."""
