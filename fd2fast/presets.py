@@ -1,0 +1,110 @@
+"""Named settings of whole runs (`fd2fast run --preset NAME`) and reading settings from TOML files."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any
+
+from fd2fast.config import (
+    DataConfig,
+    DistillConfig,
+    EvaluateConfig,
+    PatchesConfig,
+    PretrainConfig,
+    RelabelConfig,
+    RunConfig,
+)
+from fd2fast.errors import UserError, nearest
+
+_TEACHERS = ("ResNet18", "MobileNetV2", "ResNet50", "DenseNet121")
+
+
+def _paper(dataset: str, *, ipc: tuple[int, ...], epochs: int, methods: tuple[str, ...]) -> RunConfig:
+    """The paper's protocol for one of its data sets (input 224, students ResNet-18 and ResNet-50, T 20, eta 2)."""
+    return RunConfig(
+        out=Path("runs") / dataset,
+        teachers=_TEACHERS,
+        methods=methods,
+        ipc=ipc,
+        students=("ResNet18", "ResNet50"),
+        data=DataConfig(dataset=dataset, size=224),
+        pretrain=PretrainConfig(weights="hub"),
+        patches=PatchesConfig(per_class=max(ipc)),
+        distill=DistillConfig(),
+        relabel=RelabelConfig(epochs=epochs),
+        evaluate=EvaluateConfig(),
+    )
+
+
+_PAPER_METHODS = ("rded", "sre2l++", "sre2l++_fd2", "fadrm+", "fadrm+_fd2")
+
+PRESETS: dict[str, RunConfig] = {
+    "typefaces": RunConfig(),
+    **{name: _paper(name, ipc=(1, 3, 5), epochs=400, methods=_PAPER_METHODS) for name in ("cub", "aircraft", "cars")},
+    **{
+        name: _paper(name, ipc=(1, 10, 50), epochs=300, methods=("rded", "fadrm+", "fadrm+_fd2"))
+        for name in ("imagenette", "imagewoof")
+    },
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The settings called `name`; UserError with the nearest known name otherwise."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}: {nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def from_toml(path: Path, default: Any) -> Any:
+    """`default` with the values of a TOML file; tables are nested settings. UserError names an unknown key or a wrong value."""
+    try:
+        values = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from error
+    return merge(default, values, where=str(path))
+
+
+def merge(config: Any, values: dict[str, Any], where: str) -> Any:
+    """A copy of a settings object with nested `values` put in."""
+    types = typing.get_type_hints(type(config))
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in types:
+            raise UserError(f"{where}: unknown setting {key!r}: {nearest(key, types)}")
+        current = getattr(config, key)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {key} is a table of settings, got {value!r}")
+            changes[key] = merge(current, value, f"{where}: {key}")
+        else:
+            changes[key] = _convert(value, types[key], f"{where}: {key}")
+    return dataclasses.replace(config, **changes)
+
+
+def _convert(value: Any, wanted: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+    elif origin is tuple and isinstance(value, list | tuple):
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_convert(v, arguments[0], where) for v in value)
+        if len(arguments) == len(value):
+            return tuple(_convert(v, t, where) for v, t in zip(value, arguments, strict=True))
+    elif origin is not None and type(None) in arguments:
+        if value is None:
+            return None
+        return _convert(value, next(t for t in arguments if t is not type(None)), where)
+    elif wanted is Path and isinstance(value, str):
+        return Path(value)
+    elif wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(wanted, type) and type(value) is wanted:
+        return value
+    name = getattr(wanted, "__name__", None) if origin is None else str(wanted).replace("typing.", "")
+    raise UserError(f"{where} must be {name}, got {value!r}")
