@@ -76,8 +76,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_npy(path: Path, array: np.ndarray) -> None:
     """Write a .npy file atomically."""
+    array = np.ascontiguousarray(array)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        # not np.save: its tofile reports a full disk as an OSError without errno
+        file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def write_torch(path: Path, value: Any) -> None:
