@@ -76,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_npy(path: Path, array: np.ndarray) -> None:
     """Write a .npy file atomically."""
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         # not np.save: its tofile reports a full disk as an OSError without errno

@@ -193,3 +193,14 @@ def test_kill_in_the_middle_of_a_write_leaves_the_old_file_and_is_cleaned(tmp_pa
     made = make(tmp_path / "a", text="new")
     assert sorted(made.manifest["files"]) == ["file.txt"]
     assert not list((tmp_path / "a").glob(".fd2fast-tmp-*"))
+
+
+@pytest.mark.parametrize(
+    "array", [np.arange(6).reshape(2, 3).T, np.zeros((0, 3), np.float16), np.array(3.0), np.array([True, False])]
+)
+def test_arrays_come_back_as_they_were(tmp_path, array):
+    artifacts.write_npy(tmp_path / "a.npy", array)
+    read = np.load(tmp_path / "a.npy", allow_pickle=False)
+    assert read.dtype == array.dtype
+    assert read.shape == array.shape
+    np.testing.assert_array_equal(read, array)
