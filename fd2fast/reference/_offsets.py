@@ -1,0 +1,55 @@
+"""Row offsets of segments and ragged lists: host values where known, row owners and lengths on a device."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Offsets = Tensor | Sequence[int]
+
+_tensors: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is float64, else float32: sums, norms and roots are never taken in half."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def host_offsets(offsets: Offsets) -> tuple[int, ...] | None:
+    """The offsets as ints, or None where reading them would wait for a device or break a traced graph."""
+    if isinstance(offsets, Tensor):
+        if offsets.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return tuple(offsets.tolist())
+    return tuple(int(o) for o in offsets)
+
+
+def device_offsets(offsets: Offsets, device: torch.device) -> Tensor:
+    """The offsets as an int64 tensor on `device`; host values are copied there once and kept."""
+    if isinstance(offsets, Tensor):
+        return offsets.to(device=device, dtype=torch.int64)
+    values = tuple(int(o) for o in offsets)
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    key = (values, device)
+    if key not in _tensors:
+        if len(_tensors) >= 1024:
+            _tensors.clear()
+        _tensors[key] = torch.tensor(values, dtype=torch.int64, device=device)
+    return _tensors[key]
+
+
+def equal_length(host: tuple[int, ...] | None) -> int | None:
+    """The common length (at least 1) of all segments, or None if they differ or are not known on the host."""
+    if host is None or len(host) < 2:
+        return None
+    length = host[1] - host[0]
+    if length < 1 or any(b - a != length for a, b in zip(host[1:], host[2:], strict=False)):
+        return None
+    return length
+
+
+def row_owner(offsets: Tensor, rows: int) -> Tensor:
+    """int64 [rows]: which segment of int64 offsets [S+1] each row belongs to; no device synchronisation."""
+    segments = torch.arange(offsets.numel() - 1, device=offsets.device)
+    return torch.repeat_interleave(segments, offsets.diff(), output_size=rows)
