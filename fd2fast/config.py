@@ -275,17 +275,24 @@ class RunConfig:
     out: Path = Path("runs/typefaces")
     # Teachers' backbones; methods with one teacher take the first.
     teachers: tuple[str, ...] = ("ResNet18",)
-    # Methods, in the order of the table.
+    # Methods, in the order of the table. Random, herding and kcenter are labelled by their classes, all others by the teachers;
+    # NAME:soft or NAME:hard says otherwise.
     methods: tuple[str, ...] = ("random", "rded", "sre2l++", "sre2l++_fd2")
     # Images per class: one or several; smaller sets are the first ids of the largest.
     ipc: tuple[int, ...] = (1,)
     # Students' backbones.
     students: tuple[str, ...] = ("ResNet18",)
+    # The data set.
     data: DataConfig = DataConfig()
+    # How teachers are trained (model is taken from --teachers).
     pretrain: PretrainConfig = PretrainConfig()
+    # How initial images are cut (factor is the method's own).
     patches: PatchesConfig = PatchesConfig()
+    # How images are distilled (method and ipc are taken from --methods and --ipc).
     distill: DistillConfig = DistillConfig()
+    # How soft labels are made.
     relabel: RelabelConfig = RelabelConfig()
+    # How students are trained (model is taken from --students).
     evaluate: EvaluateConfig = EvaluateConfig()
 
 

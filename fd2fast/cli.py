@@ -1,0 +1,355 @@
+"""The command line: one function a command, its options made from the settings classes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from fd2fast import __version__
+from fd2fast.config import (
+    DataConfig,
+    DistillConfig,
+    EvaluateConfig,
+    PatchesConfig,
+    PretrainConfig,
+    RelabelConfig,
+    RunConfig,
+)
+from fd2fast.errors import UserError, nearest
+from fd2fast.presets import PRESETS, from_toml, preset
+
+T = TypeVar("T")
+Bare = Annotated[T, tyro.conf.arg(name="")]  # no "config." before every option
+FilePath = Annotated[Path, tyro.conf.arg(metavar="PATH")]
+
+
+def datasets(
+    config: Bare[DataConfig] = DataConfig(), *, out: FilePath = Path("runs/dataset"), overwrite: bool = False
+) -> None:
+    """Check, resize and store a data set; every other stage reads the result.
+
+    fd2fast datasets --dataset typefaces --classes 50 --size 96 --out runs/faces/dataset
+
+    fd2fast datasets --dataset cub --root ~/CUB_200_2011 --size 224 --out runs/cub/dataset
+
+    Args:
+        out: Folder of the result.
+        overwrite: Make it anew when the folder holds a result with other settings.
+    """
+    from fd2fast.data.prepare import describe, prepare
+
+    print(describe(prepare(config, out, overwrite=overwrite)))
+
+
+def pretrain(
+    config: Bare[PretrainConfig] = PretrainConfig(), *, dataset: FilePath, out: FilePath, overwrite: bool = False
+) -> None:
+    """Train one teacher: backbone, CAL head and class prototypes.
+
+    fd2fast pretrain --dataset runs/cub/dataset --model ResNet18 --weights resnet18.pth --out runs/cub/teachers/ResNet18
+
+    Args:
+        dataset: Folder made by `fd2fast datasets`.
+        out: Folder of the result.
+        overwrite: Make it anew when the folder holds a result with other settings.
+    """
+    from fd2fast import artifacts
+    from fd2fast.stages import pretrain as stage
+
+    _done(stage.run(config, out, artifacts.load(dataset, "dataset"), overwrite=overwrite))
+
+
+def patches(
+    config: Bare[PatchesConfig] = PatchesConfig(),
+    *,
+    dataset: FilePath,
+    teacher: FilePath,
+    out: FilePath,
+    overwrite: bool = False,
+) -> None:
+    """Cut the initial images: real crops that the teacher recognises best.
+
+    fd2fast patches --dataset runs/cub/dataset --teacher runs/cub/teachers/ResNet18 --factor 2 --out runs/cub/patches/2
+
+    Args:
+        dataset: Folder made by `fd2fast datasets`.
+        teacher: Folder made by `fd2fast pretrain`.
+        out: Folder of the result.
+        overwrite: Make it anew when the folder holds a result with other settings.
+    """
+    from fd2fast import artifacts
+    from fd2fast.stages import patches as stage
+
+    _done(
+        stage.run(
+            config,
+            out,
+            artifacts.load(dataset, "dataset"),
+            artifacts.load(teacher, "teacher"),
+            overwrite=overwrite,
+        )
+    )
+
+
+def distill(
+    config: Bare[DistillConfig] = DistillConfig(),
+    *,
+    dataset: FilePath,
+    teachers: tuple[FilePath, ...] = (),
+    patches: FilePath | None = None,
+    out: FilePath,
+    overwrite: bool = False,
+) -> None:
+    """Make the synthetic images, of all classes at once.
+
+    fd2fast distill --dataset D --teachers T --patches P --method sre2l++_fd2 --ipc 5 --out runs/cub/images/sre2l++_fd2
+
+    Args:
+        dataset: Folder made by `fd2fast datasets`.
+        teachers: Folders made by `fd2fast pretrain`, in round-robin order.
+        patches: Folder made by `fd2fast patches` (methods that start from patches, and rded).
+        out: Folder of the result.
+        overwrite: Make it anew when the folder holds a result with other settings.
+    """
+    from fd2fast import artifacts
+    from fd2fast.stages import distill as stage
+
+    _done(
+        stage.run(
+            config,
+            out,
+            artifacts.load(dataset, "dataset"),
+            [artifacts.load(teacher, "teacher") for teacher in teachers],
+            artifacts.load(patches, "patches") if patches else None,
+            overwrite=overwrite,
+        )
+    )
+
+
+def relabel(
+    config: Bare[RelabelConfig] = RelabelConfig(),
+    *,
+    images: FilePath,
+    teachers: tuple[FilePath, ...],
+    out: FilePath,
+    overwrite: bool = False,
+) -> None:
+    """Store the teachers' soft labels for every augmented view a student will see.
+
+    fd2fast relabel --images runs/cub/images/sre2l++_fd2 --teachers runs/cub/teachers/ResNet18 --epochs 400 --out L
+
+    Args:
+        images: Folder made by `fd2fast distill`.
+        teachers: Folders made by `fd2fast pretrain`; their logits are averaged.
+        out: Folder of the result.
+        overwrite: Make it anew when the folder holds a result with other settings.
+    """
+    from fd2fast import artifacts
+    from fd2fast.stages import relabel as stage
+
+    _done(
+        stage.run(
+            config,
+            out,
+            artifacts.load(images, "images"),
+            [artifacts.load(teacher, "teacher") for teacher in teachers],
+            overwrite=overwrite,
+        )
+    )
+
+
+def evaluate(
+    config: Bare[EvaluateConfig] = EvaluateConfig(),
+    *,
+    dataset: FilePath,
+    images: FilePath,
+    labels: FilePath | None = None,
+    out: FilePath,
+    overwrite: bool = False,
+) -> None:
+    """Train students from scratch on the synthetic images and test them on the whole real test set.
+
+    fd2fast evaluate --dataset D --images I --labels L --model ResNet18 --seeds 0 1 2 --out runs/cub/metrics/ResNet18
+
+    Args:
+        dataset: Folder made by `fd2fast datasets`.
+        images: Folder made by `fd2fast distill`.
+        labels: Folder made by `fd2fast relabel`; not needed with --labels hard.
+        out: Folder of the result.
+        overwrite: Make it anew when the folder holds a result with other settings.
+    """
+    from fd2fast import artifacts
+    from fd2fast.stages import evaluate as stage
+
+    _done(
+        stage.run(
+            config,
+            out,
+            artifacts.load(dataset, "dataset"),
+            artifacts.load(images, "images"),
+            artifacts.load(labels, "labels") if labels else None,
+            overwrite=overwrite,
+        )
+    )
+
+
+def report(*, run: FilePath) -> None:
+    """Draw the table and the pictures of a run again from its manifests.
+
+    Args:
+        run: Output folder of `fd2fast run`.
+    """
+    from fd2fast.pipeline import report_of
+
+    print(report_of(run))
+
+
+def info() -> None:
+    """Print versions, devices and, for each operation, which backend runs and why not another."""
+    from fd2fast.info import describe
+
+    print(describe())
+
+
+def _run(config: RunConfig, overwrite: bool) -> None:
+    from fd2fast.pipeline import run
+
+    run(config, overwrite=overwrite)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run every stage. --preset and --config choose the defaults that the other options then change."""
+    name, rest = _take(list(arguments), "--preset", "typefaces")
+    file, rest = _take(rest, "--config", None)
+    default = preset(name or "typefaces")
+    if file is not None:
+        default = from_toml(Path(file), default)
+
+    def command(config: Bare[RunConfig] = default, *, overwrite: bool = False) -> None:
+        _run(config, overwrite)
+
+    command.__doc__ = f"""Do everything: data set, teachers, patches, distilled images, soft labels, students, report.
+
+    Without options: the built-in typefaces, some minutes on two cores. Examples:
+
+    fd2fast run
+
+    fd2fast run --preset cub --data.root ~/CUB_200_2011
+
+    fd2fast run --methods sre2l++_fd2 fadrm+_fd2 --teachers ResNet18 MobileNetV2 --ipc 1 3
+
+    fd2fast run --config mine.toml --distill.lr 0.1
+
+    Run the same command again to resume; finished stages are kept. --preset NAME takes its defaults from one of
+    {", ".join(PRESETS)}; --config FILE.toml changes them; every option below changes both.
+
+    Args:
+        overwrite: Make results anew that were made with other settings.
+    """
+    tyro.cli(command, args=rest, prog="fd2fast run")
+
+
+def import_(*, checkpoint: FilePath, dataset: FilePath, model: str, out: FilePath, overwrite: bool = False) -> None:
+    """Turn a teacher of the released reference code into a teacher artifact.
+
+    Args:
+        checkpoint: {Model}_M{M}_{alpha}cal.pth, read without executing anything in it.
+        dataset: Folder made by `fd2fast datasets`: its classes must be the teacher's.
+        model: Backbone name, e.g. ResNet18.
+        out: Folder of the result.
+        overwrite: Make it anew when the folder holds a result with other settings.
+    """
+    from fd2fast import artifacts
+    from fd2fast.stages.exchange import import_teacher
+
+    _done(import_teacher(checkpoint, model, out, artifacts.load(dataset, "dataset"), overwrite=overwrite))
+
+
+def export(*, artifact: FilePath, out: FilePath, ipc: int | None = None) -> None:
+    """Write an artifact for other programs: a teacher as the reference's checkpoint, images as an image folder.
+
+    Args:
+        artifact: Folder of a teacher or of distilled images.
+        out: Folder to write to.
+        ipc: Images: only ids 0 .. ipc-1 of each class.
+    """
+    from fd2fast import artifacts
+    from fd2fast.stages.exchange import export_artifact
+
+    print(export_artifact(artifacts.load(artifact), out, ipc=ipc))
+
+
+def _done(artifact: Any) -> None:
+    print(f"{artifact.kind}: {artifact.path} ({artifact.measured['seconds']:.1f} s)")
+    for name, value in artifact.facts.items():
+        text = str(value)
+        print(f"  {name}: {text if len(text) < 100 else text[:97] + '...'}")
+
+
+def _take(arguments: list[str], option: str, default: str | None) -> tuple[str | None, list[str]]:
+    """Pull `option VALUE` or `option=VALUE` out of the arguments."""
+    for at, argument in enumerate(arguments):
+        if argument == option:
+            if at + 1 >= len(arguments):
+                raise UserError(f"{option} wants a value")
+            return arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+        if argument.startswith(option + "="):
+            return argument[len(option) + 1 :], arguments[:at] + arguments[at + 1 :]
+    return default, arguments
+
+
+def _simple(function: Callable[..., None], name: str) -> Callable[[Sequence[str]], None]:
+    def command(arguments: Sequence[str]) -> None:
+        tyro.cli(function, args=list(arguments), prog=f"fd2fast {name}")
+
+    command.__doc__ = function.__doc__
+    return command
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "run": run,
+    "datasets": _simple(datasets, "datasets"),
+    "pretrain": _simple(pretrain, "pretrain"),
+    "patches": _simple(patches, "patches"),
+    "distill": _simple(distill, "distill"),
+    "relabel": _simple(relabel, "relabel"),
+    "evaluate": _simple(evaluate, "evaluate"),
+    "report": _simple(report, "report"),
+    "import": _simple(import_, "import"),
+    "export": _simple(export, "export"),
+    "info": _simple(info, "info"),
+}
+
+
+def usage() -> str:
+    """The first help page."""
+    lines = [f"fd2fast {__version__}: distil a fine-grained image data set into a few synthetic images per class", ""]
+    lines += ["usage: fd2fast COMMAND [OPTIONS]     (fd2fast COMMAND --help explains the options)", ""]
+    lines += [f"  {name:9} {(command.__doc__ or '').strip().splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 for a user's error, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] in ("--version", "version"):
+        print(__version__)
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise UserError(f"unknown command {arguments[0]!r}: {nearest(arguments[0], COMMANDS)}")
+        COMMANDS[arguments[0]](arguments[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,57 @@
+"""What runs here: versions, devices, and for each operation its backend and why not another."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from fd2fast import __version__
+
+_PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pillow", "safetensors", "nvidia-dali-cuda130")
+
+
+def describe() -> str:
+    """Text of `fd2fast info`."""
+    lines = [f"fd2fast {__version__}, Python {platform.python_version()}, {platform.platform()}", "", "packages"]
+    for name in _PACKAGES:
+        try:
+            lines.append(f"  {name:20} {version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"  {name:20} not installed")
+    lines += ["", "devices", f"  cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"]
+    lines.append(f"       {torch.backends.cpu.get_cpu_capability()}, bf16 in hardware: {_yes(_cpu_bf16())}")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(index)
+            lines.append(
+                f"  cuda:{index}: {p.name}, {p.total_memory / 2**30:.0f} GiB, capability {p.major}.{p.minor}, "
+                f"{p.multi_processor_count} multiprocessors"
+            )
+    else:
+        lines.append(f"  cuda: none (torch built for CUDA {torch.version.cuda})")
+    lines += ["", "planner", f"  {_planner()}", "", "operations"]
+    from fd2fast.ops._dispatch import backends
+
+    for name, (backend, reason) in backends().items():
+        lines.append(f"  {name:28} {backend:10} {reason}")
+    return "\n".join(lines)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _cpu_bf16() -> bool:
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(probe()) if probe else False
+
+
+def _planner() -> str:
+    try:
+        from fd2fast import _planner
+    except ImportError as error:
+        return f"the C++ extension is missing ({error}); install again: pip install --no-build-isolation --no-deps -e ."
+    return f"C++ extension {getattr(_planner, '__file__', '')}"

@@ -1,0 +1,180 @@
+"""The one way through the house: every stage of a run in order, each kept and skipped when it is finished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fd2fast import artifacts
+from fd2fast.artifacts import Artifact
+from fd2fast.config import DistillConfig, RunConfig, replace
+from fd2fast.data.prepare import describe, prepare
+from fd2fast.errors import UserError
+from fd2fast.methods import BASELINES, METHODS, check_name, patch_factor
+from fd2fast.stages import distill, evaluate, patches, pretrain, relabel, report
+
+HARD = ("random", "herding", "kcenter")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table: a method and how its images are labelled."""
+
+    method: str
+    labels: str
+
+    @property
+    def name(self) -> str:
+        default = "hard" if self.method in HARD else "soft"
+        return self.method if self.labels == default else f"{self.method}:{self.labels}"
+
+
+def parse_entry(text: str) -> Entry:
+    """`sre2l++_fd2`, `random`, `random:soft`; UserError for unknown names."""
+    method, _, labels = text.partition(":")
+    check_name(method)
+    labels = labels or ("hard" if method in HARD else "soft")
+    if labels not in ("hard", "soft"):
+        raise UserError(f"{text!r}: labels are hard or soft, not {labels!r}")
+    return Entry(method, labels)
+
+
+def folder_name(name: str) -> str:
+    """A model or method name as a folder name."""
+    return "".join(c if c.isalnum() or c in "+-_." else "-" for c in name)
+
+
+def check(config: RunConfig) -> list[Entry]:
+    """Everything that can be refused before work begins; the rows of the table."""
+    entries = [parse_entry(text) for text in config.methods]
+    if not entries:
+        raise UserError("no methods given; see fd2fast run --help")
+    if not config.teachers:
+        raise UserError("no teachers given; wanted at least one backbone name")
+    if not config.ipc or min(config.ipc) < 1:
+        raise UserError(f"images per class must be 1 or more, got {list(config.ipc)}")
+    for seeds in (config.evaluate.seeds,):
+        if not seeds:
+            raise UserError("no student seeds given (evaluate.seeds)")
+    return entries
+
+
+def run(config: RunConfig, *, overwrite: bool = False) -> Path:
+    """Run or resume everything below config.out; prints the table and returns the report's folder."""
+    entries = check(config)
+    out = Path(config.out)
+    largest = max(config.ipc)
+
+    _say("data set")
+    dataset = prepare(config.data, out / "dataset", overwrite=overwrite)
+    print(describe(dataset), flush=True)
+
+    teachers: dict[str, Artifact] = {}
+    for name in config.teachers:
+        _say(f"teacher {name}")
+        teachers[name] = pretrain.run(
+            replace(config.pretrain, model=name), out / "teachers" / folder_name(name), dataset, overwrite=overwrite
+        )
+    first = teachers[config.teachers[0]]
+
+    cut: dict[int, Artifact] = {}
+
+    def patches_for(factor: int) -> Artifact:
+        if factor not in cut:
+            _say(f"patches {factor} x {factor}")
+            settings = replace(config.patches, factor=factor, per_class=max(config.patches.per_class, largest))
+            cut[factor] = patches.run(settings, out / "patches" / str(factor), dataset, first, overwrite=overwrite)
+        return cut[factor]
+
+    images: dict[str, Artifact] = {}
+    metrics: list[Artifact] = []
+    for entry in entries:
+        method = entry.method
+        if method not in images:
+            _say(f"distill {method}")
+            settings = replace(config.distill, method=method, ipc=largest)
+            factor = patch_factor(method)
+            images[method] = distill.run(
+                settings,
+                out / "images" / folder_name(method),
+                dataset,
+                _teachers_of(settings, list(teachers.values())),
+                patches_for(factor) if factor else None,
+                overwrite=overwrite,
+            )
+        for ipc in config.ipc:
+            labels = None
+            if entry.labels == "soft":
+                _say(f"labels {entry.name}, {ipc} per class")
+                labels = relabel.run(
+                    replace(config.relabel, ipc=ipc),
+                    out / "labels" / f"{folder_name(method)}-ipc{ipc}",
+                    images[method],
+                    _labellers_of(settings_method=method, teachers=list(teachers.values())),
+                    overwrite=overwrite,
+                )
+            for student in config.students:
+                _say(f"students {student} on {entry.name}, {ipc} per class")
+                settings_e = replace(config.evaluate, model=student, labels=entry.labels, ipc=ipc)
+                if entry.labels == "hard" and settings_e.epochs is None:
+                    settings_e = replace(settings_e, epochs=config.relabel.epochs)
+                metrics.append(
+                    evaluate.run(
+                        settings_e,
+                        out / "metrics" / f"{folder_name(entry.name)}-ipc{ipc}-{folder_name(student)}",
+                        dataset,
+                        images[method],
+                        labels,
+                        overwrite=overwrite,
+                    )
+                )
+
+    _say("report")
+    index = {
+        "dataset": "dataset",
+        "teachers": [_relative(t, out) for t in teachers.values()],
+        "images": [_relative(i, out) for i in images.values()],
+        "metrics": [_relative(m, out) for m in metrics],
+    }
+    artifacts.write_json(out / "run.json", index)
+    print(report_of(out), flush=True)
+    return out / "report"
+
+
+def _teachers_of(config: DistillConfig, teachers: Sequence[Artifact]) -> list[Artifact]:
+    """The committee of a method: all teachers where it uses several, else the first."""
+    if config.method in BASELINES or not METHODS[config.method].get("committee", False):
+        return list(teachers[:1])
+    return list(teachers)
+
+
+def _labellers_of(*, settings_method: str, teachers: Sequence[Artifact]) -> list[Artifact]:
+    """Labels come from the teachers that made the images."""
+    return _teachers_of(DistillConfig(method=settings_method), teachers)
+
+
+def report_of(out: Path | str) -> str:
+    """Draw the report of a finished run from its manifests; returns the table as text."""
+    out = Path(out)
+    try:
+        index = json.loads((out / "run.json").read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{out} holds no finished run (run.json is missing): run the same fd2fast run again") from error
+    load = artifacts.load
+    return report.run(
+        out / "report",
+        dataset=load(out / index["dataset"], "dataset"),
+        teachers=[load(out / p, "teacher") for p in index["teachers"]],
+        images=[load(out / p, "images") for p in index["images"]],
+        metrics=[load(out / p, "metrics") for p in index["metrics"]],
+    )
+
+
+def _relative(artifact: Artifact, out: Path) -> str:
+    return artifact.path.relative_to(out).as_posix()
+
+
+def _say(text: str) -> None:
+    print(f"\n== {text}", flush=True)

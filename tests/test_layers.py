@@ -1,0 +1,114 @@
+"""Import directions: each room imports only rooms before it; every file says its one job in its first line."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "fd2fast").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
+
+# Room -> rooms it may import. Files directly below fd2fast/ are rooms of their own name.
+BASE = {"errors", "config", "fd2fast"}
+ALLOWED: dict[str, set[str]] = {
+    "fd2fast": set(),
+    "errors": set(),
+    "config": {"errors"},
+    "presets": BASE,
+    "seeding": set(),
+    "progress": set(),
+    "artifacts": BASE,
+    "device": BASE,
+    "_planner": set(),
+    "planner": BASE | {"_planner"},
+    "reference": {"errors", "planner", "seeding"},
+    "kernels": set(),
+    "ops": BASE | {"reference", "kernels"},
+    "data": BASE | {"ops", "artifacts", "seeding", "progress"},
+    "models": BASE | {"ops", "artifacts", "device", "seeding"},
+    "methods": BASE,
+    "step": BASE | {"ops", "models", "planner", "device"},
+    "baselines": BASE | {"artifacts", "data", "models", "device", "seeding", "progress"},
+    "stages": BASE
+    | {
+        "artifacts",
+        "baselines",
+        "data",
+        "device",
+        "methods",
+        "models",
+        "ops",
+        "planner",
+        "progress",
+        "seeding",
+        "step",
+    },
+    "info": BASE | {"ops", "_planner"},
+    "pipeline": BASE | {"artifacts", "data", "methods", "stages"},
+    "cli": BASE | {"artifacts", "data", "info", "pipeline", "presets", "stages"},
+    "__main__": {"cli"},
+}
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    if relative.parts[0] == "kernels":
+        return "kernels"
+    if len(relative.parts) == 2:
+        return "fd2fast" if path.name == "__init__.py" else path.stem
+    return relative.parts[1]
+
+
+def imported(path: Path) -> set[str]:
+    """The fd2fast modules a file imports, anywhere in it."""
+    found: set[str] = set()
+    package = ("fd2fast", *path.relative_to(ROOT).with_suffix("").parts[1:-1])
+    if path.relative_to(ROOT).parts[0] == "kernels":
+        package = ("fd2fast", "kernels")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            found.add(module)
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name == "fd2fast" or name.startswith("fd2fast.")}
+
+
+def rooms_imported(path: Path) -> set[str]:
+    rooms = set()
+    for name in imported(path):
+        parts = name.split(".")
+        if len(parts) > 1 and parts[1] != "__version__":
+            rooms.add(parts[1])
+    return {room for room in rooms if room in ALLOWED} - {room_of(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    room = room_of(path)
+    assert room in ALLOWED, f"{room} is a new room: say in ALLOWED what it may import"
+    assert rooms_imported(path) <= ALLOWED[room]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fd2fast" / "stages").glob("*.py")), ids=lambda p: p.stem)
+def test_stages_do_not_import_each_other(path):
+    stages = {p.stem for p in (ROOT / "fd2fast" / "stages").glob("*.py") if p.stem != "__init__"}
+    used = {name.split(".")[2] for name in imported(path) if name.startswith("fd2fast.stages.")}
+    assert used & stages <= {path.stem}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_first_line_says_the_job(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring, f"{path} has no docstring"
+    assert len(docstring.splitlines()[0]) > 15
+
+
+def test_the_allowed_directions_have_no_circle():
+    order: list[str] = []
+    while len(order) < len(ALLOWED):
+        ready = [room for room in ALLOWED if room not in order and ALLOWED[room] - {room} <= set(order)]
+        assert ready, f"circle among {set(ALLOWED) - set(order)}"
+        order += ready
