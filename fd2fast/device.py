@@ -1,0 +1,47 @@
+"""Which device the work runs on, and in which arithmetic."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+
+from fd2fast.errors import UserError, nearest
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The torch device called `name`; "auto" is the first GPU when there is one, else the CPU.
+
+    Raises UserError for a name torch does not know and for a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is unknown; wanted auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is not supported; wanted auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"device {name!r} was asked for, but torch {torch.__version__} finds no GPU here; use cpu or auto")
+        count, index = torch.cuda.device_count(), device.index or 0
+        if index >= count:
+            raise UserError(f"device {name!r} was asked for, but this machine has {count} GPU(s): cuda:0 to cuda:{count - 1}")
+        return torch.device("cuda", index)
+    return torch.device("cpu")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The context of a forward pass in `precision`: torch.autocast for bf16 and fp16, nothing for fp32 and fp64.
+
+    Raises UserError for a precision that is not fp64, fp32, bf16 or fp16.
+    """
+    if precision not in DTYPES:
+        raise UserError(f"precision {precision!r} is unknown: {nearest(precision, DTYPES)}")
+    if precision in ("fp32", "fp64"):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])

@@ -1,0 +1,352 @@
+"""torchvision and timm CNNs behind one face: final feature map, logits of it, BN layers in registration order."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fd2fast.errors import UserError, nearest
+
+log = logging.getLogger("fd2fast")
+
+
+class _Stock(NamedTuple):
+    """How a torchvision module is cut in two: its weights, channels, head module, and the two halves of its forward."""
+
+    builder: Callable[..., nn.Module]
+    channels: int
+    head: str
+    features: Callable[[Any, Tensor], Tensor]
+    logits: Callable[[Any, Tensor], Tensor]
+
+
+def _resnet_features(net: Any, x: Tensor) -> Tensor:
+    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+    return net.layer4(net.layer3(net.layer2(net.layer1(x))))
+
+
+def _resnet_logits(net: Any, features: Tensor) -> Tensor:
+    return net.fc(torch.flatten(net.avgpool(features), 1))
+
+
+def _densenet_features(net: Any, x: Tensor) -> Tensor:
+    return F.relu(net.features(x), inplace=True)
+
+
+def _densenet_logits(net: Any, features: Tensor) -> Tensor:
+    return net.classifier(torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1))
+
+
+def _mobilenet_features(net: Any, x: Tensor) -> Tensor:
+    return net.features(x)
+
+
+def _mobilenet_logits(net: Any, features: Tensor) -> Tensor:
+    return net.classifier(torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1))
+
+
+def _shufflenet_features(net: Any, x: Tensor) -> Tensor:
+    x = net.maxpool(net.conv1(x))
+    return net.conv5(net.stage4(net.stage3(net.stage2(x))))
+
+
+def _shufflenet_logits(net: Any, features: Tensor) -> Tensor:
+    return net.fc(features.mean([2, 3]))
+
+
+_models = torchvision.models
+STOCK: dict[str, _Stock] = {
+    "ResNet18": _Stock(_models.resnet18, 512, "fc", _resnet_features, _resnet_logits),
+    "ResNet50": _Stock(_models.resnet50, 2048, "fc", _resnet_features, _resnet_logits),
+    "DenseNet121": _Stock(_models.densenet121, 1024, "classifier", _densenet_features, _densenet_logits),
+    "MobileNetV2": _Stock(_models.mobilenet_v2, 1280, "classifier.1", _mobilenet_features, _mobilenet_logits),
+    "ShuffleNetV2": _Stock(_models.shufflenet_v2_x1_0, 1024, "fc", _shufflenet_features, _shufflenet_logits),
+    "ShuffleNetV2_x0.5": _Stock(_models.shufflenet_v2_x0_5, 1024, "fc", _shufflenet_features, _shufflenet_logits),
+}
+_BY_LOWER_NAME = {name.lower(): name for name in STOCK}
+
+
+class Backbone(nn.Module):
+    """A stock classifier cut at its final feature map. Made by `build_backbone`.
+
+    `name` is the canonical name, `channels` C of the map, `classes` K, `net` the stock module (stock state-dict names),
+    `head` the name of the last linear layer inside it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        net: nn.Module,
+        *,
+        channels: int,
+        classes: int,
+        head: str,
+        features: Callable[[Any, Tensor], Tensor],
+        logits: Callable[[Any, Tensor], Tensor],
+    ):
+        super().__init__()
+        self.name = name
+        self.channels = channels
+        self.classes = classes
+        self.head = head
+        self.net = net
+        self._features = features
+        self._logits = logits
+        if not self.bn_layers():
+            raise UserError(f"model {name!r} has no BatchNorm2d layer; the method matches BN statistics: choose another model")
+
+    def features(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] -> the final map [N, C, h, w] after its last activation."""
+        return self._features(self.net, x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[N, C, h, w] -> [N, K]; `logits(features(x))` is the stock module's forward."""
+        return self._logits(self.net, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] -> logits [N, K]."""
+        return self.logits(self.features(x))
+
+    def bn_layers(self) -> list[tuple[str, nn.BatchNorm2d]]:
+        """Every BatchNorm2d (subclasses too) with its stock name, in the registration order of the stock module."""
+        return [(name, layer) for name, layer in self.net.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def build_backbone(name: str, classes: int) -> Backbone:
+    """A randomly initialised backbone (global torch generator) with a head of `classes` outputs.
+
+    `name`: ResNet18, ResNet50, DenseNet121, MobileNetV2, ShuffleNetV2 (x1.0), ShuffleNetV2_x0.5, whatever the case, or
+    `timm:NAME[,key=value...]`, whose settings go to timm.create_model (numbers, True/False, text, 32x64 for a tuple).
+    Raises UserError for an unknown name or setting, a model without BatchNorm2d or without a 4-d feature map.
+    """
+    if classes < 1:
+        raise UserError(f"a backbone needs at least 1 class, got {classes}")
+    if name.lower().startswith("timm:"):
+        return _timm_backbone(name, classes)
+    canonical = _BY_LOWER_NAME.get(name.lower())
+    if canonical is None:
+        raise UserError(f"unknown model {name!r}; {nearest(name, [*STOCK, 'timm:NAME'])}")
+    stock = STOCK[canonical]
+    net = stock.builder(weights=None, num_classes=classes)
+    return Backbone(
+        canonical,
+        net,
+        channels=stock.channels,
+        classes=classes,
+        head=stock.head,
+        features=stock.features,
+        logits=stock.logits,
+    )
+
+
+def canonical_name(name: str) -> str:
+    """The spelling used in manifests: the table's for torchvision nets, `timm:` + the rest as given otherwise."""
+    if name.lower().startswith("timm:"):
+        return "timm:" + name[5:].replace(" ", "")
+    return _BY_LOWER_NAME.get(name.lower(), name)
+
+
+def _value(text: str) -> Any:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
+    if re.fullmatch(r"\d+(x\d+)+", text):
+        return tuple(int(part) for part in text.split("x"))
+    return text
+
+
+def _parse_timm(name: str) -> tuple[str, dict[str, Any]]:
+    architecture, *settings = (part.strip() for part in name[5:].split(","))
+    if not timm.is_model(architecture):
+        raise UserError(f"unknown timm model {architecture!r}; {_nearest_timm(architecture)}")
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key or not text:
+            raise UserError(f"model {name!r}: wanted key=value after the comma, got {setting!r}")
+        if key in ("pretrained", "num_classes", "checkpoint_path", "in_chans", "features_only"):
+            raise UserError(f"model {name!r}: {key!r} is set by fd2fast and cannot be given here")
+        options[key] = _value(text)
+    return architecture, options
+
+
+def _nearest_timm(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else "timm.list_models() lists them"
+
+
+def _timm_net(name: str, classes: int, *, pretrained: bool) -> nn.Module:
+    architecture, options = _parse_timm(name)
+    try:
+        return timm.create_model(architecture, pretrained=pretrained, num_classes=classes, **options)
+    except (TypeError, AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"timm cannot build model {name!r}: {str(error) or type(error).__name__}") from error
+
+
+def _timm_backbone(name: str, classes: int) -> Backbone:
+    net: Any = _timm_net(name, classes, pretrained=False)
+    if not any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules()):
+        raise UserError(f"model {name!r} has no BatchNorm2d layer; the method matches BN statistics: choose another model")
+    if not (hasattr(net, "forward_features") and hasattr(net, "forward_head")):
+        raise UserError(f"model {name!r} has no forward_features/forward_head; choose another timm CNN")
+    channels = _map_channels(name, net)
+    classifier = net.get_classifier()
+    heads = [key for key, module in net.named_modules() if module is classifier]
+    return Backbone(
+        canonical_name(name),
+        net,
+        channels=channels,
+        classes=classes,
+        head=heads[0] if heads else "",
+        features=lambda net, x: net.forward_features(x),
+        logits=lambda net, features: net.forward_head(features),
+    )
+
+
+def _map_channels(name: str, net: Any) -> int:
+    """C of the final map, from a pass over one blank image; UserError unless the map is [N, C, h, w]."""
+    side = max(64, *(net.default_cfg or {}).get("min_input_size", (3, 0, 0))[1:])
+    training = net.training
+    net.eval()
+    try:
+        with torch.no_grad():
+            features = net.forward_features(torch.zeros(1, 3, side, side))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"model {name!r} cannot see a {side} x {side} image: {error}") from error
+    finally:
+        net.train(training)
+    if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[1] != net.num_features:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise UserError(f"model {name!r} must give a feature map [N, C, h, w], got {shape}; choose a CNN")
+    return int(features.shape[1])
+
+
+def load_weights(backbone: Backbone, source: str | Path, *, allow_new_head: bool = True) -> list[str]:
+    """Load a state dict of the stock module into `backbone`; returns notices (also logged).
+
+    `source` is a .safetensors or torch file (a state dict, bare or under "state_dict" or "model"; read with
+    weights_only=True) or "hub": ImageNet weights fetched by name. With `allow_new_head` a head of another class count is
+    left as initialised, with a notice; every other mismatch is a UserError that names the first keys.
+    """
+    state = _hub_state(backbone) if str(source) == "hub" else read_state_dict(Path(source))
+    return load_state(backbone, state, origin=str(source), allow_new_head=allow_new_head)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A flat dict of tensors from a .safetensors or torch file; UserError if it is missing or not that."""
+    state = _unwrap(read_tensors(path))
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path} is not a state dict: {key!r} is a {type(value).__name__}, wanted a tensor")
+    if not state:
+        raise UserError(f"{path} holds no tensors; wanted the state dict of a model")
+    return state
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """The dict stored in a .safetensors or torch file (weights_only); UserError if it is missing or something else."""
+    if not path.is_file():
+        raise UserError(f"weights {path}: there is no such file; wanted a .pth or .safetensors file, or 'hub'")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated zip, foreign pickle, text file: every reader has its own type
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"weights {path} cannot be read as tensors only (nothing in it was executed): {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"weights {path} holds a {type(content).__name__}; wanted a state dict")
+    return content
+
+
+def _unwrap(content: dict[str, Any]) -> dict[str, Any]:
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    for name in (*STOCK, "Densenet121"):
+        if isinstance(content.get(name), dict):  # the reference's pool file: {ModelName: state dict, "cal": ..., ...}
+            content = content[name]
+    for prefix in ("module.", "backbone."):
+        if content and any(str(key).startswith(prefix) for key in content):
+            content = {key[len(prefix) :]: value for key, value in content.items() if key.startswith(prefix)}
+    return dict(content)
+
+
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+
+
+def load_state(backbone: Backbone, state: dict[str, Tensor], *, origin: str, allow_new_head: bool = True) -> list[str]:
+    """Load `state` (stock names, also DenseNet's old ones) strictly but for the head; see `load_weights`."""
+    net, notices = backbone.net, []
+    wanted = net.state_dict()
+    state = {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+    head = [f"{backbone.head}.{part}" for part in ("weight", "bias")] if backbone.head else []
+    other_head = [k for k in head if k in state and k in wanted and state[k].shape != wanted[k].shape]
+    if other_head and allow_new_head:
+        given, own = tuple(state[other_head[0]].shape), tuple(wanted[other_head[0]].shape)
+        notices.append(f"{origin}: head {backbone.head} is {given}, this model needs {own}: it starts untrained")
+        for key in head:
+            state.pop(key, None)
+    counters = {key for key in wanted if key.endswith("num_batches_tracked")}
+    replaced = set(head) if other_head and allow_new_head else set()
+    missing = [key for key in wanted if key not in state and key not in counters and key not in replaced]
+    unexpected = [key for key in state if key not in wanted]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    if missing or unexpected or shapes:
+        told = [
+            f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes))
+            if keys
+        ]
+        raise UserError(f"{origin} does not hold weights of {backbone.name}: {'; '.join(told)}")
+    net.load_state_dict(state, strict=False)
+    for notice in notices:
+        log.warning(notice)
+    return notices
+
+
+def _hub_state(backbone: Backbone) -> dict[str, Tensor]:
+    try:
+        if backbone.name.startswith("timm:"):
+            # the checkpoint's own class count: timm would drop the head of another one without a word
+            architecture, _ = _parse_timm(backbone.name)
+            classes = (timm.get_pretrained_cfg(architecture) or type("none", (), {"num_classes": 1000})).num_classes
+            return _timm_net(backbone.name, classes, pretrained=True).state_dict()
+        weights = torchvision.models.get_model_weights(STOCK[backbone.name].builder)
+        return dict(weights["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True))
+    except UserError:
+        raise
+    except Exception as error:  # urllib, huggingface_hub and requests each raise their own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"ImageNet weights of {backbone.name} cannot be fetched from the hub ({reason}); "
+            "give a local .pth or .safetensors file instead"
+        ) from error
+
+
+def parameters_of(modules: list[nn.Module]) -> Iterator[nn.Parameter]:
+    """The parameters of several modules, one after the other."""
+    for module in modules:
+        yield from module.parameters()
