@@ -27,10 +27,14 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UserError(f"device {name!r} is not supported; wanted auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError(f"device {name!r} was asked for, but torch {torch.__version__} finds no GPU here; use cpu or auto")
+            raise UserError(
+                f"device {name!r} was asked for, but torch {torch.__version__} finds no GPU here; use cpu or auto"
+            )
         count, index = torch.cuda.device_count(), device.index or 0
         if index >= count:
-            raise UserError(f"device {name!r} was asked for, but this machine has {count} GPU(s): cuda:0 to cuda:{count - 1}")
+            raise UserError(
+                f"device {name!r} was asked for, but this machine has {count} GPU(s): cuda:0 to cuda:{count - 1}"
+            )
         return torch.device("cuda", index)
     return torch.device("cpu")
 

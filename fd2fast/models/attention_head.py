@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fd2fast import ops
 
@@ -39,7 +39,7 @@ class AttentionHead(nn.Module):
     """CAL head over a feature map of `channels` with `maps` attention maps M and `classes` outputs K.
 
     State-dict names are the reference's: attentions.conv.weight [M, C, 1, 1], attentions.bn.*, fc.weight [K, M*C].
-    Pooling, normalisation and classifier run in fp32 (fp64 for fp64 features) whatever the autocast around them.
+    Pooling, normalisation and classifier run in fp32 (fp64 for fp64) whatever the weights' dtype and the autocast around.
     """
 
     def __init__(self, channels: int, classes: int, maps: int):
@@ -65,19 +65,20 @@ class AttentionHead(nn.Module):
         (evaluation). Gradients flow through z^ to the features.
         """
         attention = self.attention(features)
-        with torch.autocast(features.device.type, enabled=False):
-            exact = torch.float64 if features.dtype == torch.float64 else torch.float32
-            wide, maps = features.to(exact), attention.to(exact)
-            z = ops.bilinear_attention_pool(wide, maps, eps=POOL_EPS)
-            logits = self.fc(SCALE * z)
-            if counterfactual is None:
-                return HeadOutput(z, attention, logits, None)
-            if counterfactual == "ones":
-                other = torch.ones_like(maps)
-            elif counterfactual == "random":
-                device = generator.device if generator is not None else maps.device
-                other = torch.rand(maps.shape, generator=generator, device=device, dtype=exact).to(maps.device) * 2
-            else:
-                raise ValueError(f"counterfactual must be None, 'random' or 'ones', got {counterfactual!r}")
-            z_other = ops.bilinear_attention_pool(wide, other, eps=POOL_EPS)
-            return HeadOutput(z, attention, logits, logits - self.fc(SCALE * z_other))
+        z = ops.bilinear_attention_pool(features, attention, eps=POOL_EPS)
+        logits = self._classify(z)
+        if counterfactual is None:
+            return HeadOutput(z, attention, logits, None)
+        if counterfactual == "ones":
+            other = torch.ones_like(attention, dtype=z.dtype)
+        elif counterfactual == "random":
+            device = generator.device if generator is not None else z.device
+            other = torch.rand(attention.shape, generator=generator, device=device, dtype=z.dtype).to(z.device) * 2
+        else:
+            raise ValueError(f"counterfactual must be None, 'random' or 'ones', got {counterfactual!r}")
+        z_other = ops.bilinear_attention_pool(features, other, eps=POOL_EPS)
+        return HeadOutput(z, attention, logits, logits - self._classify(z_other))
+
+    def _classify(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            return F.linear(SCALE * z, self.fc.weight.to(z.dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +102,9 @@ class Backbone(nn.Module):
         self._features = features
         self._logits = logits
         if not self.bn_layers():
-            raise UserError(f"model {name!r} has no BatchNorm2d layer; the method matches BN statistics: choose another model")
+            raise UserError(
+                f"model {name!r} has no BatchNorm2d layer; the method matches BN statistics: choose another model"
+            )
 
     def features(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] -> the final map [N, C, h, w] after its last activation."""
@@ -201,7 +203,9 @@ def _timm_net(name: str, classes: int, *, pretrained: bool) -> nn.Module:
 def _timm_backbone(name: str, classes: int) -> Backbone:
     net: Any = _timm_net(name, classes, pretrained=False)
     if not any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules()):
-        raise UserError(f"model {name!r} has no BatchNorm2d layer; the method matches BN statistics: choose another model")
+        raise UserError(
+            f"model {name!r} has no BatchNorm2d layer; the method matches BN statistics: choose another model"
+        )
     if not (hasattr(net, "forward_features") and hasattr(net, "forward_head")):
         raise UserError(f"model {name!r} has no forward_features/forward_head; choose another timm CNN")
     channels = _map_channels(name, net)
@@ -220,7 +224,9 @@ def _timm_backbone(name: str, classes: int) -> Backbone:
 
 def _map_channels(name: str, net: Any) -> int:
     """C of the final map, from a pass over one blank image; UserError unless the map is [N, C, h, w]."""
-    side = max(64, *(net.default_cfg or {}).get("min_input_size", (3, 0, 0))[1:])
+    known = net.default_cfg or {}
+    fixed = known.get("input_size", (3, 224, 224)) if known.get("fixed_input_size") else (3, 64, 64)
+    side = max(*fixed[1:], *(known.get("min_input_size") or (3, 0, 0))[1:])
     training = net.training
     net.eval()
     try:
@@ -271,7 +277,9 @@ def read_tensors(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated zip, foreign pickle, text file: every reader has its own type
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"weights {path} cannot be read as tensors only (nothing in it was executed): {reason}") from error
+        raise UserError(
+            f"weights {path} cannot be read as tensors only (nothing in it was executed): {reason}"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"weights {path} holds a {type(content).__name__}; wanted a state dict")
     return content
@@ -332,8 +340,8 @@ def _hub_state(backbone: Backbone) -> dict[str, Tensor]:
         if backbone.name.startswith("timm:"):
             # the checkpoint's own class count: timm would drop the head of another one without a word
             architecture, _ = _parse_timm(backbone.name)
-            classes = (timm.get_pretrained_cfg(architecture) or type("none", (), {"num_classes": 1000})).num_classes
-            return _timm_net(backbone.name, classes, pretrained=True).state_dict()
+            known = timm.get_pretrained_cfg(architecture)
+            return _timm_net(backbone.name, known.num_classes if known else 1000, pretrained=True).state_dict()
         weights = torchvision.models.get_model_weights(STOCK[backbone.name].builder)
         return dict(weights["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True))
     except UserError:
@@ -344,9 +352,3 @@ def _hub_state(backbone: Backbone) -> dict[str, Tensor]:
             f"ImageNet weights of {backbone.name} cannot be fetched from the hub ({reason}); "
             "give a local .pth or .safetensors file instead"
         ) from error
-
-
-def parameters_of(modules: list[nn.Module]) -> Iterator[nn.Parameter]:
-    """The parameters of several modules, one after the other."""
-    for module in modules:
-        yield from module.parameters()

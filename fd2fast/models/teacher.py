@@ -121,9 +121,7 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def load_teacher(
-    artifact: Artifact, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Teacher:
+def load_teacher(artifact: Artifact, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Teacher:
     """The teacher of an artifact on `device` in `dtype`, in eval mode, channels_last, without gradients for its weights.
 
     Raises UserError if the artifact is no teacher or its class count and the file's differ.
@@ -136,4 +134,4 @@ def load_teacher(
             f"teacher {artifact.path} has {teacher.classes} outputs, its manifest {len(artifact.classes)} classes"
         )
     teacher = teacher.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return teacher.to(memory_format=torch.channels_last)

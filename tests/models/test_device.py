@@ -1,0 +1,41 @@
+"""Devices and precisions by name."""
+
+import pytest
+import torch
+
+from fd2fast.device import autocast, pick_device
+from fd2fast.errors import UserError
+
+
+def test_auto_takes_a_gpu_when_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="'cuda' was asked for, but torch .* finds no GPU"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto") == torch.device("cuda", 0)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="'cuda:2' was asked for, but this machine has 2 GPU"):
+        pick_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", ""])
+def test_unknown_devices_are_refused(name):
+    with pytest.raises(UserError, match="wanted auto, cpu, cuda or cuda:N"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp64", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_autocast_sets_the_type_of_a_product(precision, dtype):
+    with autocast(torch.device("cpu"), precision):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(UserError, match="'fp8' is unknown"):
+        autocast(torch.device("cpu"), "fp8")
