@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -57,7 +58,9 @@ DrawSpec draw_spec(std::uint64_t seed, std::int64_t size, std::int64_t jitter, b
 }
 
 void want_vector(const Segments& segments) {
-    if (segments.ndim() != 1) throw std::invalid_argument("segments must be [n], got " + std::to_string(segments.ndim()) + " dimensions");
+    if (segments.ndim() != 1) {
+        throw std::invalid_argument("segments must be [n], got " + std::to_string(segments.ndim()) + " dimensions");
+    }
 }
 
 py::array_t<std::int32_t> iteration_table(std::uint64_t seed, const Segments& segments, std::int64_t first_iteration,
