@@ -17,17 +17,18 @@ from fd2fast.errors import UserError
 from fd2fast.planner import TableStream, cosine_rates, iteration_table, make_plan, philox_uniform
 from fd2fast.reference import planner as reference
 
-quick = settings(deadline=None, max_examples=60)
+quick = settings(deadline=None, max_examples=100)
 
 
 @st.composite
 def requests(draw, valid=True):
     classes = draw(st.integers(1 if valid else 0, 60))
-    size = draw(st.none() | st.integers(1 if valid else 0, max(classes, 1) if valid else 70))
+    small = st.integers(1 if valid else 0, max(classes // 3, 1))
+    size = draw(small | small | st.none() | st.integers(1, max(classes, 1) if valid else 70))
     segment = size or min(100, max(classes, 1))
     bytes_per_row = draw(st.integers(1, 1000))
     bytes_fixed = draw(st.integers(0, 5000))
-    limited = draw(st.booleans())
+    limited = draw(st.sampled_from([False, False, True]))
     least = segment if valid else 1
     least_bytes = bytes_fixed + segment * bytes_per_row if valid else 1
     return {
@@ -35,12 +36,12 @@ def requests(draw, valid=True):
         "ipc": draw(st.integers(1 if valid else 0, 13)),
         "group_size": draw(st.integers(1 if valid else 0, 6)),
         "segment_size": size,
-        "segments_per_step": draw(st.just("max") | st.integers(1 if valid else 0, 12)),
-        "max_rows_per_step": draw(st.none() | st.integers(least, 5 * segment + 1)),
+        "segments_per_step": draw(st.just("max") | st.integers(1 if valid else 0, 40)),
+        "max_rows_per_step": draw(st.none() | st.none() | st.integers(least, 20 * segment + 1)),
         "bytes_per_row": bytes_per_row if limited else None,
         "bytes_fixed": bytes_fixed,
-        "memory_limit": draw(st.integers(least_bytes, 9 * (least_bytes + bytes_per_row))) if limited else None,
-        "bucket_sizes": draw(st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=4)),
+        "memory_limit": draw(st.integers(least_bytes, 30 * (least_bytes + bytes_per_row))) if limited else None,
+        "bucket_sizes": draw(st.none() | st.lists(st.integers(1, 5) | st.integers(1, 20), min_size=1, max_size=6)),
     }
 
 
