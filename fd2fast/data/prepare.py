@@ -1,0 +1,327 @@
+"""Any data set to resized uint8 arrays on disk: listed, checked, decoded once by all cores, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fd2fast.artifacts import Artifact, Stage, atomic_path, open_stage, write_json, write_npy
+from fd2fast.config import DATASETS, DataConfig
+from fd2fast.data import typefaces
+from fd2fast.data.layouts import SHOWN, STATISTICS, Listing, missing_images, read_layout
+from fd2fast.data.pixels import CONVERSIONS, decode, grid, resized
+from fd2fast.errors import UserError, nearest
+from fd2fast.progress import Progress
+
+_CHUNK = 256
+_DONE = 1  # bit 0 of a row's status; CONVERSIONS follow from bit 1
+_SPLITS = ("train", "test")
+
+
+def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> Artifact:
+    """Make the "dataset" artifact of `config` in the folder `out`.
+
+    Files: {train,test}_images.npy uint8 [N, 3, S, S], {train,test}_labels.npy int64 [N], preview.png; for typefaces also
+    images/{train,test}/CLASS/NNN.png. Facts: name, train and test (counts), per_class, skipped (paths relative to the root),
+    converted (counts), statistics ("given", "reference" or "measured"), and what the layout adds.
+
+    Raises UserError for bad settings or input, before anything is decoded where that can be seen, else naming every unreadable
+    file at once. A killed run, started again, keeps the decoded rows and ends in the same bytes.
+    """
+    check(config)
+    stage = open_stage(out, "dataset", config, {}, overwrite=overwrite)
+    if stage.finished:
+        return stage.finished
+    extra: dict[str, Any] = {}
+    with _forgotten_on_user_error(stage):
+        if config.dataset == "typefaces":
+            faces = typefaces.choose(config.classes, config.fonts)
+        else:
+            listing = read_layout(config.dataset, config.root)
+    if config.dataset == "typefaces":
+        extra["fonts"] = typefaces.render_set(config, faces, stage.path / "images")
+        listing = read_layout("folder", stage.path / "images")
+    rows = _Rows(stage.state, listing, config.size)
+    bad = rows.decode_all(listing)
+    if bad and config.bad_images == "error":
+        with _forgotten_on_user_error(stage):
+            raise UserError(_all_bad(bad))
+    return _finish(stage, config, listing, rows, {path for path, _ in bad}, extra)
+
+
+def check(config: DataConfig) -> None:
+    """UserError that names the first setting that cannot be right."""
+    if config.dataset not in DATASETS:
+        raise UserError(f"unknown data set {config.dataset!r}: {nearest(config.dataset, DATASETS)}")
+    if config.size < 8:
+        raise UserError(f"size must be at least 8 pixels, got {config.size}")
+    if config.bad_images not in ("error", "skip"):
+        raise UserError(f"bad_images must be 'error' or 'skip', got {config.bad_images!r}")
+    for name, values, low in (("mean", config.mean, 0.0), ("std", config.std, 1e-6)):
+        if values is not None and (len(values) != 3 or not all(math.isfinite(v) and low <= v <= 1 for v in values)):
+            raise UserError(f"{name} must be three numbers in [{low:g}, 1] (of images in [0, 1]), got {values}")
+    if config.dataset == "typefaces":
+        if config.root is not None:
+            raise UserError(
+                f"typefaces are rendered and take no root ({config.root}); another folder of faces goes into fonts"
+            )
+        for name in ("train_per_class", "test_per_class"):
+            if getattr(config, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(config, name)}")
+        if config.classes < 2:
+            raise UserError(f"classes must be at least 2, got {config.classes}")
+
+
+@contextlib.contextmanager
+def _forgotten_on_user_error(stage: Stage) -> Iterator[None]:
+    """Bad input leaves no claim on the folder, so that the repaired command, with other settings too, may use it."""
+    try:
+        yield
+    except UserError:
+        (stage.state / "begun.json").unlink(missing_ok=True)
+        for folder in (stage.state, stage.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _all_bad(bad: list[tuple[Path, str]]) -> str:
+    shown = "\n".join(f"  {reason}" for _, reason in bad[:SHOWN])
+    more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    count = "one image cannot" if len(bad) == 1 else f"{len(bad)} images cannot"
+    return f"{count} be read (repair or remove, or set bad_images to 'skip'):\n{shown}{more}"
+
+
+class _Rows:
+    """Decoded images of both splits as rows of arrays in the state folder, with one status byte each."""
+
+    def __init__(self, state: Path, listing: Listing, size: int):
+        self._state, self._size = state, size
+        self.files = {name: getattr(listing, name).files for name in _SPLITS}
+        self.images: dict[str, np.ndarray] = {}
+        self.status: dict[str, np.ndarray] = {}
+        state.mkdir(parents=True, exist_ok=True)
+        for split in _SPLITS:
+            self._open(split)
+
+    def _open(self, split: str) -> None:
+        """Map the arrays; rows that an earlier run decoded from the same files (path, length, time) are kept."""
+        keys = [_key(path) for path in self.files[split]]
+        index, shape = self._state / f"{split}.json", (len(keys), 3, self._size, self._size)
+        pixels, status = self._state / f"{split}.npy", self._state / f"{split}_status.npy"
+        found = self._earlier(split)
+        if found is not None and found[0] == keys:
+            _, self.images[split], self.status[split] = found
+            return
+        with atomic_path(pixels) as fresh, atomic_path(status) as marks:
+            images, done = _new_array(fresh, shape), _new_array(marks, shape[:1])
+            if found is not None:
+                places = {tuple(key): n for n, key in enumerate(found[0])}
+                for row, key in enumerate(keys):
+                    if (old := places.get(tuple(key))) is not None and found[2][old]:
+                        images[row], done[row] = found[1][old], found[2][old]
+            images.flush()
+            done.flush()
+            index.unlink(missing_ok=True)
+        write_json(index, {"size": self._size, "keys": keys})
+        self.images[split] = np.load(pixels, mmap_mode="r+")
+        self.status[split] = np.load(status, mmap_mode="r+")
+
+    def _earlier(self, split: str) -> tuple[list[list[Any]], np.ndarray, np.ndarray] | None:
+        pixels, final = self._state / f"{split}.npy", self._state.parent / f"{split}_images.npy"
+        try:
+            known = json.loads((self._state / f"{split}.json").read_text())
+            if not pixels.exists() and final.exists():  # killed between moving the rows out and the manifest
+                os.replace(final, pixels)
+            images = np.load(pixels, mmap_mode="r+")
+            status = np.load(self._state / f"{split}_status.npy", mmap_mode="r+")
+            if known["size"] == self._size and len(known["keys"]) == len(images) == len(status):
+                return known["keys"], images, status
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+    def decode_all(self, listing: Listing) -> list[tuple[Path, str]]:
+        """Decode every row not done yet; the files that cannot be, with the reason."""
+        todo = [(split, row) for split in _SPLITS for row in np.flatnonzero(self.status[split] == 0).tolist()]
+        total = sum(len(files) for files in self.files.values())
+        bad: list[tuple[Path, str]] = []
+
+        def one(job: tuple[str, int]) -> tuple[str, int, int] | tuple[Path, str]:
+            split, row = job
+            path = self.files[split][row]
+            try:
+                image, kinds = decode(path)
+            except UserError as error:
+                return path, str(error)
+            self.images[split][row] = resized(image, self._size)
+            return split, row, _DONE | sum(2 << CONVERSIONS.index(kind) for kind in kinds)
+
+        with (
+            ThreadPoolExecutor(
+                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            ) as pool,
+            Progress("prepare", total, done=total - len(todo), unit="img") as bar,
+        ):
+            for start in range(0, len(todo), _CHUNK):
+                done = []
+                for result in pool.map(one, todo[start : start + _CHUNK]):
+                    if len(result) == 2:
+                        bad.append(result)
+                    else:
+                        done.append(result)
+                    bar.step()
+                for split in _SPLITS:  # the pixels reach the disk before the marks that vouch for them
+                    self.images[split].flush()  # type: ignore[attr-defined]
+                for split, row, mark in done:
+                    self.status[split][row] = mark
+                for split in _SPLITS:
+                    self.status[split].flush()  # type: ignore[attr-defined]
+        return bad
+
+    def converted(self) -> dict[str, int]:
+        """How many images each conversion was applied to."""
+        marks = np.concatenate([self.status[split] for split in _SPLITS])
+        return {kind: int(((marks >> (n + 1)) & 1).sum()) for n, kind in enumerate(CONVERSIONS)}
+
+    def move(self, split: str, keep: np.ndarray, target: Path) -> None:
+        """The kept rows as the final array: moved when they are all, copied otherwise."""
+        source = self._state / f"{split}.npy"
+        if keep.all():
+            self.images.pop(split)
+            os.replace(source, target)
+            return
+        rows = np.flatnonzero(keep)
+        with atomic_path(target) as temporary:
+            result = _new_array(temporary, (len(rows), 3, self._size, self._size))
+            for start in range(0, len(rows), _CHUNK):
+                result[start : start + _CHUNK] = self.images[split][rows[start : start + _CHUNK]]
+            result.flush()
+
+
+def _new_array(path: Path, shape: tuple[int, ...]) -> Any:
+    """A mapped uint8 array of zeros whose disk space is taken at once: a full disk is an error here, not a crash later."""
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def _key(path: Path) -> list[Any]:
+    try:
+        stat = path.stat()
+        return [str(path), stat.st_size, stat.st_mtime_ns]
+    except OSError:
+        return [str(path), -1, -1]
+
+
+def _finish(
+    stage: Stage, config: DataConfig, listing: Listing, rows: _Rows, skipped: set[Path], extra: dict[str, Any]
+) -> Artifact:
+    kept = {split: np.array([path not in skipped for path in rows.files[split]], dtype=bool) for split in _SPLITS}
+    labels = {split: np.array(getattr(listing, split).labels, dtype=np.int64)[kept[split]] for split in _SPLITS}
+    with _forgotten_on_user_error(stage):
+        for split, name in (("train", "readable training"), ("test", "readable test")):
+            missing_images(listing.classes, labels[split], name, listing.root)
+    mean, std, source = _statistics(config, rows.images["train"], kept["train"])
+    samples = _preview_rows(labels["train"], len(listing.classes))
+    shown = rows.images["train"][np.flatnonzero(kept["train"])[samples.reshape(-1)]]
+    names = [listing.classes[k] for k in labels["train"][samples[:, 0]]]
+    grid(shown, samples.shape[1], titles=names, scale=max(1, 64 // config.size), path=stage.path / "preview.png")
+    converted = rows.converted()
+    for split in _SPLITS:
+        write_npy(stage.path / f"{split}_labels.npy", labels[split])
+        rows.move(split, kept[split], stage.path / f"{split}_images.npy")
+    facts = {
+        "name": config.dataset,
+        **{split: len(labels[split]) for split in _SPLITS},
+        "per_class": {s: np.bincount(labels[s], minlength=len(listing.classes)).tolist() for s in _SPLITS},
+        "skipped": sorted(os.path.relpath(path, listing.root) for path in skipped),
+        "converted": converted,
+        "statistics": source,
+        **extra,
+    }
+    return stage.finish(classes=listing.classes, size=config.size, mean=mean, std=std, facts=facts)
+
+
+def _statistics(config: DataConfig, images: np.ndarray, keep: np.ndarray) -> tuple[tuple, tuple, dict[str, str]]:
+    """Mean, std and where each comes from: given, the reference's value, or measured on the training images."""
+    known = STATISTICS.get((config.dataset, config.size))
+    measured = None
+    if (config.mean is None or config.std is None) and known is None:
+        measured = measure(images, keep)
+    result, source = [], {}
+    for n, (name, given) in enumerate((("mean", config.mean), ("std", config.std))):
+        value = given or (known[n] if known else measured[n] if measured else None)
+        assert value is not None
+        source[name] = "given" if given else "reference" if known else "measured"
+        result.append(tuple(value))
+    return result[0], result[1], source
+
+
+def measure(images: np.ndarray, keep: np.ndarray | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over all pixels of uint8 [N, 3, H, W], as fractions of 255.
+
+    The sums are exact integers, so that neither order nor chunks matter. A constant channel gets 1/255 instead of 0.
+    """
+    rows = np.flatnonzero(keep) if keep is not None else np.arange(len(images))
+    counts = np.zeros((3, 256), dtype=np.int64)
+    for start in range(0, len(rows), _CHUNK):
+        block = np.asarray(images[rows[start : start + _CHUNK]])
+        for channel in range(3):
+            counts[channel] += np.bincount(block[:, channel].reshape(-1), minlength=256)
+    values, pixels = np.arange(256), int(counts[0].sum())
+    mean, std = [], []
+    for channel in range(3):
+        first, second = int(counts[channel] @ values), int(counts[channel] @ values**2)
+        mean.append(round(first / pixels / 255, 6))
+        variance = (second * pixels - first * first) / pixels**2
+        std.append(round(max(math.sqrt(variance), 1.0) / 255, 6))
+    return tuple(mean), tuple(std)
+
+
+def _preview_rows(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Row numbers [R, C] of up to ten classes, spread evenly, and up to eight first images of each."""
+    chosen = np.unique(np.linspace(0, classes - 1, min(classes, 10)).round().astype(int))
+    groups = [np.flatnonzero(labels == k) for k in chosen]
+    columns = min(8, max(len(g) for g in groups))
+    return np.stack([np.resize(g[:columns], columns) for g in groups])
+
+
+def describe(dataset: Artifact) -> str:
+    """A few lines on a prepared data set: counts, classes, size, normalisation, what was skipped and converted."""
+    facts, classes = dataset.facts, dataset.classes
+
+    def spread(split: str) -> str:
+        counts = facts["per_class"][split]
+        each = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        return f"{facts[split]} ({each} of each class)"
+
+    def numbers(values: tuple[float, ...], name: str) -> str:
+        return f"{', '.join(f'{v:.4f}' for v in values)} ({facts['statistics'][name]})"
+
+    names = ", ".join(classes[:6]) + (f", ... {classes[-1]}" if len(classes) > 6 else "")
+    lines = [
+        f"{facts['name']} at {dataset.size} x {dataset.size} in {dataset.path}",
+        f"  classes   {len(classes)}: {names}",
+        f"  training  {spread('train')}",
+        f"  test      {spread('test')}",
+        f"  mean      {numbers(dataset.mean, 'mean')}",
+        f"  std       {numbers(dataset.std, 'std')}",
+    ]
+    if converted := [f"{count} {kind}" for kind, count in facts["converted"].items() if count]:
+        lines.append(f"  converted {', '.join(converted)}")
+    if skipped := facts["skipped"]:
+        lines.append(
+            f"  skipped   {len(skipped)}: {', '.join(skipped[:SHOWN])}{' ...' if len(skipped) > SHOWN else ''}"
+        )
+    return "\n".join(lines)
