@@ -7,8 +7,52 @@ from torch import Tensor
 
 from fd2fast import reference
 from fd2fast.ops import _checks, _dispatch
+from fd2fast.ops._layout import dense_format, dense_like
+from fd2fast.reference.adam_clamp import channel_bounds
 
-_dispatch.register("adam_clamp_")
+
+def _dense_alike(tensors: tuple[Tensor, ...]) -> str | None:
+    image, _, exp_avg, exp_avg_sq = tensors
+    layout = dense_format(image)
+    if layout is None:
+        return f"image has strides {list(image.stride())}, neither contiguous nor channels_last"
+    for name, tensor in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if not tensor.is_contiguous(memory_format=layout):
+            return f"{name} has strides {list(tensor.stride())}, image {list(image.stride())}"
+    return None
+
+
+_dispatch.register("adam_clamp_", "fd2fast.kernels.adam_clamp", _dense_alike)
+
+
+@torch.library.custom_op("fd2fast::adam_clamp", mutates_args=("image", "exp_avg", "exp_avg_sq"))
+def _adam_clamp(
+    image: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    low: Tensor,
+    high: Tensor,
+    step: Tensor | None,
+    lr: Tensor | None,
+    step_number: int,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    _dispatch.kernels("adam_clamp_").adam_clamp(
+        image,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        step_number if step is None else step,
+        rate if lr is None else lr,
+        (beta1, beta2),
+        eps,
+        low,
+        high,
+    )
 
 
 def adam_clamp_(
@@ -49,6 +93,23 @@ def adam_clamp_(
         given = bound.numel() if isinstance(bound, Tensor) else len(bound)
         if given != image.shape[1]:
             raise ValueError(f"{name} must be [C] = [{image.shape[1]}], got [{given}]")
-    _dispatch.choose("adam_clamp_", (image, grad, exp_avg, exp_avg_sq), backend)
+    if _dispatch.choose("adam_clamp_", (image, grad, exp_avg, exp_avg_sq), backend) == "triton":
+        step_tensor, lr_tensor = (v if isinstance(v, Tensor) else None for v in (step, lr))
+        with torch.no_grad():
+            _adam_clamp(
+                image,
+                dense_like(grad, image),
+                exp_avg,
+                exp_avg_sq,
+                channel_bounds(low, image),
+                channel_bounds(high, image),
+                step_tensor,
+                lr_tensor,
+                0 if isinstance(step, Tensor) else step,
+                0.0 if isinstance(lr, Tensor) else lr,
+                *betas,
+                eps,
+            )
+        return
     with torch.autocast(image.device.type, enabled=False):
         reference.adam_clamp_(image, grad, exp_avg, exp_avg_sq, step, lr=lr, betas=betas, eps=eps, low=low, high=high)

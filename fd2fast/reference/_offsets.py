@@ -1,4 +1,4 @@
-"""Row offsets of segments and ragged lists: host values where known, row owners and lengths on a device."""
+"""Row offsets of segments and ragged lists, host values kept on a device, and the type that sums are taken in."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 Offsets = Tensor | Sequence[int]
 
-_tensors: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+_constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -24,19 +24,23 @@ def host_offsets(offsets: Offsets) -> tuple[int, ...] | None:
     return tuple(int(o) for o in offsets)
 
 
+def constant_tensor(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host values as a tensor on `device`: copied there once and kept, because each copy waits for the device."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    key = (tuple(values), dtype, device)
+    if key not in _constants:
+        if len(_constants) >= 1024:
+            _constants.clear()
+        _constants[key] = torch.tensor(key[0], dtype=dtype, device=device)
+    return _constants[key]
+
+
 def device_offsets(offsets: Offsets, device: torch.device) -> Tensor:
-    """The offsets as an int64 tensor on `device`; host values are copied there once and kept."""
+    """The offsets as an int64 tensor on `device`."""
     if isinstance(offsets, Tensor):
         return offsets.to(device=device, dtype=torch.int64)
-    values = tuple(int(o) for o in offsets)
-    if torch.compiler.is_compiling():
-        return torch.tensor(values, dtype=torch.int64, device=device)
-    key = (values, device)
-    if key not in _tensors:
-        if len(_tensors) >= 1024:
-            _tensors.clear()
-        _tensors[key] = torch.tensor(values, dtype=torch.int64, device=device)
-    return _tensors[key]
+    return constant_tensor([int(o) for o in offsets], torch.int64, device)
 
 
 def equal_length(host: tuple[int, ...] | None) -> int | None:

@@ -5,6 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fd2fast.reference._offsets import accumulation_dtype, constant_tensor
+
+
+def channel_bounds(bound: Tensor | Sequence[float], image: Tensor) -> Tensor:
+    """One bound for each channel, [C], in the image's type and on its device."""
+    if isinstance(bound, Tensor):
+        return bound.to(device=image.device, dtype=image.dtype)
+    return constant_tensor(bound, image.dtype, image.device)
+
 
 @torch.no_grad()
 def adam_clamp_(
@@ -30,18 +39,22 @@ def adam_clamp_(
         x = x - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps);  x = min(max(x, low), high)
     """
     beta1, beta2 = betas
-    g = grad.to(exp_avg.dtype)
-    exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    dtype = accumulation_dtype(exp_avg)
+    # moments kept in half are taken to float32 for the step; otherwise these are the tensors themselves
+    g, m, v = grad.to(dtype), exp_avg.to(dtype), exp_avg_sq.to(dtype)
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     if isinstance(step, Tensor) or isinstance(lr, Tensor):
         # tensors on the device, in double: a replayed graph follows them without waiting for the host
         t = torch.as_tensor(step, device=image.device).double()
-        step_size = (torch.as_tensor(lr, device=image.device).double() / (1 - beta1**t)).to(exp_avg.dtype)
-        root = (1 - beta2**t).sqrt().to(exp_avg.dtype)
-        image.sub_(step_size * exp_avg / ((exp_avg_sq.sqrt() / root).add_(eps)))
+        step_size = (torch.as_tensor(lr, device=image.device).double() / (1 - beta1**t)).to(dtype)
+        root = (1 - beta2**t).sqrt().to(dtype)
+        image.sub_(step_size * m / ((v.sqrt() / root).add_(eps)))
     else:
-        denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-        image.addcdiv_(exp_avg.to(image.dtype), denominator.to(image.dtype), value=-(lr / (1 - beta1**step)))
-    lowest = torch.as_tensor(low, device=image.device, dtype=image.dtype).view(1, -1, 1, 1)
-    highest = torch.as_tensor(high, device=image.device, dtype=image.dtype).view(1, -1, 1, 1)
+        denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+        image.addcdiv_(m.to(image.dtype), denominator.to(image.dtype), value=-(lr / (1 - beta1**step)))
+    if m.dtype != exp_avg.dtype:
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+    lowest, highest = (channel_bounds(bound, image).view(1, -1, 1, 1) for bound in (low, high))
     torch.clamp(image, lowest, highest, out=image)

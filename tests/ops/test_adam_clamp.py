@@ -1,0 +1,107 @@
+"""The adam_clamp_ kernel against torch.optim.Adam in float64 and float32: values, bounds, layouts, half types."""
+
+import pytest
+import torch
+from numerics import check_output
+
+from fd2fast import ops
+
+LOW, HIGH = [-2.1, -2.0, -1.8], [2.2, 2.4, 2.6]
+LAST = torch.channels_last
+
+
+def _problem(shape, dtype, device, layout=torch.contiguous_format):
+    image = (2 * torch.randn(shape, dtype=dtype)).to(device).to(memory_format=layout)
+    return image, torch.zeros_like(image), torch.zeros_like(image)
+
+
+def _run(state, grads, backend, *, as_tensor=False, lr=0.25, betas=(0.5, 0.9)):
+    for step, grad in enumerate(grads, start=1):
+        t, rate = step, lr
+        if as_tensor:
+            t = torch.tensor(step, device=grad.device)
+            rate = torch.tensor(lr, device=grad.device, dtype=torch.float64)
+        ops.adam_clamp_(
+            state[0], grad, *state[1:], t, lr=rate, betas=betas, eps=1e-8, low=LOW, high=HIGH, backend=backend
+        )
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 13, 17), (3, 3, 16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_reference(shape, dtype, layout, as_tensor, device):
+    if dtype == torch.float64 and device.type == "cuda":
+        pytest.skip("float64 on a GPU is left to the reference")
+    image, m, v = _problem(shape, dtype, device, layout)
+    grads = [torch.randn_like(image) for _ in range(4)]
+    kernel, exact, plain = ([t.clone() for t in (image, m, v)] for _ in range(3))
+    exact = [t.double() for t in exact]
+    _run(kernel, grads, "triton", as_tensor=as_tensor)
+    _run(exact, [g.double() for g in grads], "reference")
+    _run(plain, grads, "reference")
+    for name, k, e, p in zip(("image", "exp_avg", "exp_avg_sq"), kernel, exact, plain, strict=True):
+        assert k.dtype == dtype
+        check_output(k, e, p, dtype, name=name)
+    if image.numel() > 3:
+        for c in range(3):
+            assert (kernel[0][:, c] == torch.tensor(LOW[c], dtype=dtype)).any()
+            assert (kernel[0][:, c] == torch.tensor(HIGH[c], dtype=dtype)).any()
+
+
+def test_more_than_one_block_and_odd_sizes(device, monkeypatch):
+    image, m, v = _problem((7, 3, 29, 31), torch.float32, device)
+    grads = [torch.randn_like(image)]
+    kernel, plain = ([t.clone() for t in (image, m, v)] for _ in range(2))
+    _run(kernel, grads, "triton")
+    _run(plain, grads, "reference")
+    for k, p in zip(kernel, plain, strict=True):
+        torch.testing.assert_close(k, p, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad_type", [torch.bfloat16, torch.float16])
+def test_half_gradients_and_other_layouts(grad_type, device):
+    image, m, v = _problem((2, 3, 8, 8), torch.float32, device, LAST)
+    grad = torch.randn(2, 3, 8, 8, device=device).to(grad_type)
+    kernel, plain = ([t.clone() for t in (image, m, v)] for _ in range(2))
+    _run(kernel, [grad], "triton")
+    _run(plain, [grad.float()], "reference")
+    for k, p in zip(kernel, plain, strict=True):
+        torch.testing.assert_close(k, p, rtol=1e-6, atol=1e-6)
+
+
+def test_bf16_moments(device):
+    image, m, v = _problem((2, 3, 8, 8), torch.float32, device)
+    states = [[image.clone(), m.bfloat16(), v.bfloat16()] for _ in range(2)]
+    grads = [torch.randn_like(image) for _ in range(3)]
+    for state, backend in zip(states, ("triton", "reference"), strict=True):
+        _run(state, grads, backend)
+    assert states[0][1].dtype == torch.bfloat16
+    # the interpreter cuts bf16 off instead of rounding: one unit in the last place for each of three steps
+    torch.testing.assert_close(states[0][1], states[1][1], rtol=3e-2, atol=1e-2)
+    torch.testing.assert_close(states[0][0], states[1][0], rtol=3e-2, atol=3e-2)
+
+
+def test_nan_stays_nan(device):
+    image, m, v = _problem((1, 3, 2, 2), torch.float32, device)
+    grad = torch.zeros_like(image)
+    grad[0, 1, 0, 1] = float("nan")
+    _run([image, m, v], [grad], "triton")
+    assert image.isnan().sum() == 1
+
+
+def test_autograd_notices_the_write(device):
+    image, m, v = _problem((1, 3, 2, 2), torch.float32, device)
+    image.requires_grad_()
+    loss = image.square().sum()
+    _run([image, m, v], [torch.ones_like(image)], "triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_other_strides_are_refused_by_name(device):
+    image, m, v = _problem((2, 3, 4, 4), torch.float32, device)
+    with pytest.raises(ValueError, match="exp_avg has strides"):
+        _run([image, m.to(memory_format=LAST), v], [torch.ones_like(image)], "triton")
+    with pytest.raises(ValueError, match="image has strides"):
+        _run([image[:, :, ::2], m[:, :, ::2], v[:, :, ::2]], [torch.ones_like(image[:, :, ::2])], "triton")
