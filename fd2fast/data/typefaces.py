@@ -77,7 +77,7 @@ class Face:
     family: str
     style: str
     name: str
-    tiles: np.ndarray  # float32 [52, 28, 36], ink in [0, 1], capital H 18 rows high
+    tiles: np.ndarray  # float32 [52, 28, 56], ink in [0, 1], capital H 18 rows high
 
     @property
     def source(self) -> str:
@@ -86,11 +86,11 @@ class Face:
 
 
 # Height of a capital H, rows above the base line, and shape of a letter's tile.
-_CAP, _BASE, _TILE = 18, 21, (28, 36)
-# Share of a face's letters that must look most like themselves among all letters of the known Latin faces.
-_RECOGNISED = 0.25
+_CAP, _BASE, _TILE = 18, 21, (28, 56)
+# Share of a face's letters that must look most like themselves among all letters of the known Latin faces (chance: 0.04).
+_RECOGNISED = 0.12
 # Two faces whose letters differ by less than this share of their ink are one class.
-_DISTINCT = 0.12
+_DISTINCT = 0.2
 
 
 def builtin_folder() -> Path:
@@ -214,7 +214,7 @@ def _complete(font: ImageFont.FreeTypeFont) -> bool:
 
 
 def _tiles(path: Path, index: int) -> np.ndarray:
-    """Ink of the 52 letters at equal height of the capital H, left edges and base lines aligned, float32 [52, 28, 36]."""
+    """Ink of the 52 letters at equal height of the capital H, left edges and base lines aligned, float32 [52, 28, 56]."""
     probe = ImageFont.truetype(str(path), 200, index=index, layout_engine=ImageFont.Layout.BASIC)
     height = -probe.getbbox("H", anchor="ls")[1]
     if height < 20:
@@ -232,12 +232,18 @@ def _tiles(path: Path, index: int) -> np.ndarray:
 
 
 def _soft(tiles: np.ndarray) -> np.ndarray:
-    """Tiles blurred over 5 x 5 and scaled to unit norm, [52, 28 * 36]: stroke width and slant then count for less."""
+    """Letters stretched to one width, blurred, at unit norm, [52, 28 * 24]: width, stroke and slant then count for less."""
+    shapes = np.zeros((len(tiles), _TILE[0], 24), np.float32)
+    for n, tile in enumerate(tiles):
+        columns = np.flatnonzero(tile.max(0) > 0.1)
+        if len(columns):
+            ink = Image.fromarray(tile[:, columns[0] : columns[-1] + 1])
+            shapes[n, :, 2:-2] = np.asarray(ink.resize((20, _TILE[0]), Image.Resampling.BILINEAR))
     for axis in (1, 2):
-        padded = np.pad(tiles, [(0, 0)] + [(2, 2) if a == axis else (0, 0) for a in (1, 2)])
-        weights, full = (1, 2, 3, 2, 1), tiles.shape[axis]
-        tiles = np.sum([w * np.take(padded, range(n, n + full), axis) for n, w in enumerate(weights)], 0)
-    flat = tiles.reshape(len(tiles), -1)
+        padded = np.pad(shapes, [(0, 0)] + [(2, 2) if a == axis else (0, 0) for a in (1, 2)])
+        weights, full = (1, 2, 3, 2, 1), shapes.shape[axis]
+        shapes = np.sum([w * np.take(padded, range(n, n + full), axis) for n, w in enumerate(weights)], 0)
+    flat = shapes.reshape(len(tiles), -1)
     return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
 
 
@@ -247,7 +253,7 @@ def _latin() -> np.ndarray:
     names = ("Sans", "Sans-Oblique", "Sans-Bold", "Serif", "Serif-Italic", "Serif-Bold", "SansMono")
     tiles = [_soft(_tiles(builtin_folder() / f"DejaVu{name}.ttf", 0)) for name in names]
     tiles += [_soft(_tiles(builtin_folder() / f"STIXGeneral{name}.ttf", 0)) for name in ("", "Italic")]
-    return np.stack(tiles)  # [R, 52, 28*36]
+    return np.stack(tiles)  # [R, 52, 28 * 24]
 
 
 def _recognised(tiles: np.ndarray) -> float:
@@ -330,7 +336,7 @@ def render(face: Face, seed: int, split: str, number: int, size: int) -> np.ndar
     angle = random.uniform(0, 2 * math.pi)
     axis = np.linspace(-0.5, 0.5, size, dtype=np.float32)
     slope = np.float32(math.cos(angle)) * axis[None, :] + np.float32(math.sin(angle)) * axis[:, None]  # [S, S]
-    drift = random.uniform(-0.12, 0.12, 3).astype(np.float32)
+    drift = random.uniform(-0.1, 0.1, 3).astype(np.float32)
     base = ground + slope[:, :, None] * drift
     picture = base + mask[:, :, None] * (letters - base)
     noise = random.standard_normal((size, size, 1), dtype=np.float32) * np.float32(random.uniform(0, 0.025))
@@ -353,7 +359,7 @@ def _mask(face: Face, word: str, size: int, random: np.random.Generator) -> np.n
     start = (side / 2 - (left + right) / 2, side / 2 - (top + bottom) / 2)
     ImageDraw.Draw(canvas).text(start, word, fill=255, font=font, anchor="ls")
     ratio = points / 100
-    free_x, free_y = max(0.0, side * 0.98 - across * ratio) / 2, max(0.0, side * 0.98 - down * ratio) / 2
+    free_x, free_y = (min(0.12 * side, max(0.0, side * 0.97 - extent * ratio) / 2) for extent in (across, down))
     dx, dy = random.uniform(-free_x, free_x), random.uniform(-free_y, free_y)
     half = side / 2  # output pixel to source pixel: turn about the centre, after undoing the shift
     matrix = (
@@ -369,9 +375,13 @@ def _mask(face: Face, word: str, size: int, random: np.random.Generator) -> np.n
 
 
 def _colours(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Ground and letter colours float32 [3] whose luma differs by at least 0.35."""
-    weights = np.array([0.2989, 0.587, 0.114])
-    while True:
-        ground, letters = random.uniform(0.02, 0.98, (2, 3))
-        if abs(float((ground - letters) @ weights)) >= 0.35:
-            return ground.astype(np.float32), letters.astype(np.float32)
+    """Ground and letter colours float32 [3]: any hue, muted, dark on light or light on dark, luma at least 0.4 apart."""
+    low = random.uniform(0.08, 0.42)
+    high = random.uniform(low + 0.4, 0.92)
+    tones = (high, low) if random.random() < 0.5 else (low, high)
+    colours = []
+    for tone in tones:
+        tint = random.uniform(-1, 1, 3)
+        tint -= tint @ np.array([0.2989, 0.587, 0.114])
+        colours.append((tone + tint * (0.16 / np.abs(tint).max())).clip(0, 1).astype(np.float32))
+    return colours[0], colours[1]
