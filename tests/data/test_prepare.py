@@ -1,0 +1,286 @@
+"""Preparation: arrays and manifest, conversions, every bad input, determinism, unfinished states taken up again."""
+
+import errno
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fd2fast.artifacts import load
+from fd2fast.config import DataConfig, replace
+from fd2fast.data import prepare as module
+from fd2fast.data.layouts import STATISTICS
+from fd2fast.data.pixels import read_image
+from fd2fast.data.prepare import describe, measure, prepare
+from fd2fast.data.store import load_split
+from fd2fast.errors import UserError
+
+CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 2)):
+        for name in CLASSES:
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for n in range(count):
+                Image.fromarray(random.integers(0, 256, (20, 12, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def config(tree: Path) -> DataConfig:
+    return DataConfig(dataset="folder", root=tree, size=8)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "manifest.json"
+    }
+
+
+def test_arrays_labels_and_manifest(tmp_path: Path, tree: Path, config: DataConfig) -> None:
+    result = prepare(config, tmp_path / "out")
+    assert (result.kind, result.classes, result.size) == ("dataset", list(CLASSES), 8)
+    assert sorted(contents(tmp_path / "out")) == [
+        "preview.png",
+        "test_images.npy",
+        "test_labels.npy",
+        "train_images.npy",
+        "train_labels.npy",
+    ]
+    facts = result.facts
+    assert (facts["name"], facts["train"], facts["test"]) == ("folder", 12, 6)
+    assert facts["per_class"] == {"train": [4, 4, 4], "test": [2, 2, 2]}
+    assert facts["skipped"] == []
+    assert set(facts["converted"].values()) == {0}
+    assert facts["statistics"] == {"mean": "measured", "std": "measured"}
+    train = load_split(result, "train")
+    expected = [(k, tree / "train" / name / f"{n}.png") for k, name in enumerate(CLASSES) for n in range(4)]
+    assert train.labels.tolist() == [k for k, _ in expected]
+    assert torch.equal(train.pixels(range(12)), torch.stack([read_image(path, 8) for _, path in expected]))
+    values = train.unit(range(12), dtype=torch.float64)
+    np.testing.assert_allclose(result.mean, values.mean((0, 2, 3)), atol=1e-6)
+    np.testing.assert_allclose(result.std, values.std((0, 2, 3), correction=0), atol=1e-6)
+    result.verify()
+    assert prepare(config, tmp_path / "out").id == result.id
+    text = describe(result)
+    assert all(part in text for part in ("folder at 8 x 8", "3: ant, bee, cat", "12 (4 of each class)", "measured"))
+    with Image.open(tmp_path / "out" / "preview.png") as preview:
+        assert preview.width > 4 * 64
+
+
+def test_same_bytes_anywhere_and_whatever_the_threads(
+    tmp_path: Path, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare(config, tmp_path / "one")
+    monkeypatch.setattr(module, "_CHUNK", 5)
+    second = prepare(config, tmp_path / "two")
+    assert first.id == second.id
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_known_given_and_measured_statistics(tmp_path: Path, config: DataConfig) -> None:
+    given = prepare(replace(config, std=(0.2, 0.3, 0.4)), tmp_path / "given")
+    assert given.std == (0.2, 0.3, 0.4)
+    assert given.facts["statistics"] == {"mean": "measured", "std": "given"}
+    images = np.zeros((1, 3, 2, 2), np.uint8)
+    for size in (64, 224):
+        assert module._statistics(DataConfig(dataset="cub", size=size), images, np.ones(1, bool)) == (
+            *STATISTICS["cub", size],
+            {"mean": "reference", "std": "reference"},
+        )
+    assert module._statistics(DataConfig(dataset="cub", size=32), images, np.ones(1, bool))[2]["mean"] == "measured"
+    constant = np.full((2, 3, 2, 2), 51, np.uint8)
+    mean, std = measure(constant)
+    assert mean == (0.2, 0.2, 0.2)
+    assert min(std) > 0
+
+
+def test_every_mode_is_converted_and_counted(tmp_path: Path, tree: Path, config: DataConfig) -> None:
+    ant = tree / "train" / "ant"
+    Image.new("L", (9, 9), 7).save(ant / "0.png")
+    Image.new("CMYK", (9, 9)).save(ant / "1.jpg")
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(ant / "2.png")
+    Image.fromarray(np.full((9, 9), 65535, np.uint16)).save(ant / "3.png")
+    Image.new("P", (9, 9)).save(tree / "test" / "bee" / "0.png")
+    result = prepare(config, tmp_path / "out")
+    assert result.facts["converted"] == {"grey": 2, "palette": 1, "cmyk": 1, "alpha": 1, "16bit": 1, "other": 0}
+    train = load_split(result, "train")
+    names = sorted(p.name for p in ant.iterdir())
+    assert names == ["0.png", "1.jpg", "1.png", "2.png", "3.png"]
+    shown = train.pixels(range(5)).float().mean((1, 2, 3))
+    assert shown[0] == 7
+    assert shown[1] > 250  # no ink on white
+    assert shown[3:].tolist() == [255, 255]
+    assert "converted 2 grey, 1 palette, 1 cmyk, 1 alpha, 1 16bit" in describe(result)
+
+
+def spoil(tree: Path) -> list[str]:
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 50, 3), dtype=np.uint8)).save(whole, "JPEG")
+    bad = {"empty.jpg": b"", "half.jpg": whole.getvalue()[:900], "notes.txt": b"not an image"}
+    for name, data in bad.items():
+        (tree / "train" / "bee" / name).write_bytes(data)
+    (tree / "test" / "cat" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return [*(f"train/bee/{name}" for name in bad), "test/cat/1.png"]
+
+
+def test_bad_images_are_all_named_and_nothing_is_lost(
+    tmp_path: Path, tree: Path, config: DataConfig, monkeypatch
+) -> None:
+    bad = spoil(tree)
+    with pytest.raises(UserError) as caught:
+        prepare(config, tmp_path / "out")
+    message = str(caught.value)
+    assert "4 images cannot be read" in message
+    assert "skip" in message
+    assert all(str(tree / name) in message for name in bad)
+    decoded: list[Path] = []
+    decode = module.decode
+    monkeypatch.setattr(module, "decode", lambda path: decoded.append(path) or decode(path))
+    result = prepare(replace(config, bad_images="skip"), tmp_path / "out")
+    assert sorted(str(p.relative_to(tree)) for p in decoded) == sorted(bad)  # the good rows were kept
+    assert result.facts["skipped"] == sorted(bad)
+    assert (result.facts["train"], result.facts["test"]) == (12, 5)
+    assert result.facts["per_class"]["test"] == [2, 2, 1]
+    assert "skipped   4: test/cat/1.png" in describe(result)
+    assert not (tmp_path / "out" / "state").exists()
+    monkeypatch.setattr(module, "decode", decode)
+    for name in bad:
+        (tree / name).unlink()
+    clean = prepare(config, tmp_path / "clean")
+    for name in ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy"):
+        assert (clean.path / name).read_bytes() == (result.path / name).read_bytes()
+
+
+def test_many_bad_images_are_shown_in_part(tmp_path: Path, tree: Path, config: DataConfig) -> None:
+    for n in range(30):
+        (tree / "train" / "ant" / f"x{n:02d}.png").touch()
+    with pytest.raises(UserError, match="30 images") as caught:
+        prepare(config, tmp_path / "out")
+    assert str(caught.value).count("x1") == 10
+    assert str(caught.value).endswith("and 10 more")
+
+
+def test_repaired_files_are_decoded_again_and_the_rest_is_kept(tmp_path: Path, tree: Path, config, monkeypatch) -> None:
+    target = tree / "train" / "bee" / "0.png"
+    good = target.read_bytes()
+    target.write_bytes(good[:60])
+    with pytest.raises(UserError, match=f"one image cannot .*\n  {target}: "):
+        prepare(config, tmp_path / "out")
+    target.write_bytes(good)
+    (tree / "test" / "ant" / "0.png").rename(tree / "test" / "ant" / "9.png")
+    decoded: list[str] = []
+    decode = module.decode
+    monkeypatch.setattr(module, "decode", lambda path: decoded.append(path.name) or decode(path))
+    result = prepare(config, tmp_path / "out")
+    assert sorted(decoded) == ["0.png", "9.png"]
+    assert result.id == prepare(config, tmp_path / "fresh").id
+
+
+def test_a_class_without_readable_images_is_named(tmp_path: Path, tree: Path, config: DataConfig) -> None:
+    for path in (tree / "test" / "bee").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no readable test images in class 'bee'"):
+        prepare(replace(config, bad_images="skip"), tmp_path / "out")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["decoding", "marking", "moving", "manifest"])
+def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path, tree: Path, config, monkeypatch, moment: str) -> None:
+    spoil(tree)
+    config = replace(config, bad_images="skip")
+    whole = prepare(config, tmp_path / "whole")
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    out, seen = tmp_path / "out", []
+
+    def dies_at(target, name: str, count: int):
+        original = getattr(target, name)
+
+        def wrapped(*args, **kwargs):
+            seen.append(1)
+            if len(seen) == count:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    where = {
+        "decoding": (module, "decode", 10),
+        "marking": (module, "write_npy", 1),
+        "moving": (module._Rows, "move", 2),
+        "manifest": (module.Stage, "finish", 1),
+    }[moment]
+    with monkeypatch.context() as patch:
+        patch.setattr(where[0], where[1], dies_at(*where))
+        with pytest.raises(Killed):
+            prepare(config, out)
+    assert not (out / "manifest.json").exists()
+    (out / ".fd2fast-tmp-1-left").write_bytes(b"half")
+    decoded: list[str] = []
+    decode = module.decode
+    monkeypatch.setattr(module, "decode", lambda path: decoded.append(path.name) or decode(path))
+    assert prepare(config, out).id == whole.id
+    assert contents(out) == contents(tmp_path / "whole")
+    assert len(decoded) <= (22 - 4 if moment == "decoding" else 4)  # 22 files, 4 of them bad
+
+
+def test_damaged_state_is_made_anew(tmp_path: Path, config: DataConfig) -> None:
+    whole = prepare(config, tmp_path / "whole")
+    for n, damage in enumerate(("train.npy", "train.json", "train_status.npy")):
+        out = tmp_path / f"out{n}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_finish", lambda *args: (_ for _ in ()).throw(Killed()))
+            with pytest.raises(Killed):
+                prepare(config, out)
+        (out / "state" / damage).write_bytes(b"\x93NUMPY{")
+        assert prepare(config, out).id == whole.id
+
+
+def test_no_space_left_is_said_before_anything_is_written(tmp_path: Path, config: DataConfig, monkeypatch) -> None:
+    def full(*args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full, raising=False)
+        with pytest.raises(UserError, match="no space left"):
+            prepare(config, tmp_path / "out")
+    assert prepare(config, tmp_path / "out").facts["train"] == 12
+
+
+def test_settings_are_checked_first(tmp_path: Path, config: DataConfig) -> None:
+    cases = {
+        "unknown data set 'imagenete': did you mean 'imagenette'": replace(config, dataset="imagenete"),
+        "size must be at least 8 pixels, got 0": replace(config, size=0),
+        r"mean must be three numbers in \[0, 1\]": replace(config, mean=(123.0, 117.0, 104.0)),
+        "std must be three numbers": replace(config, std=(0.0, 0.2, 0.2)),
+        "bad_images must be": replace(config, bad_images="ignore"),
+        "does not exist": replace(config, root=tmp_path / "nowhere"),
+        "take no root": DataConfig(root=tmp_path),
+        "classes must be at least 2, got 1": DataConfig(classes=1),
+        "test_per_class must be at least 1, got 0": DataConfig(test_per_class=0),
+    }
+    for message, wrong in cases.items():
+        with pytest.raises(UserError, match=message):
+            prepare(wrong, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_another_configuration_is_refused_unless_overwritten(tmp_path: Path, config: DataConfig) -> None:
+    prepare(config, tmp_path / "out")
+    with pytest.raises(UserError, match="size was 8, now 16"):
+        prepare(replace(config, size=16), tmp_path / "out")
+    assert prepare(replace(config, size=16), tmp_path / "out", overwrite=True).size == 16
+    assert load(tmp_path / "out", "dataset").size == 16
