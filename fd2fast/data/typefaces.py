@@ -8,12 +8,12 @@ a set and leaves the rest as it was.
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
 import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -306,8 +306,9 @@ def render_set(config: DataConfig, faces: list[Face], folder: Path) -> dict[str,
                 else:
                     jobs.append(functools.partial(_write, here / name, face, config.seed, split, number, config.size))
     total = done + len(jobs)
-    with Progress("typefaces", total, done=done, unit="img") as bar, ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(lambda job: job(), jobs):
+    with Progress("typefaces", total, done=done, unit="img") as bar:
+        for job in jobs:  # threads make it slower: nearly all of it holds Python's lock
+            job()
             bar.step()
     return {face.name: face.source for face in faces}
 
@@ -315,8 +316,19 @@ def render_set(config: DataConfig, faces: list[Face], folder: Path) -> dict[str,
 def _write(path: Path, face: Face, seed: int, split: str, number: int, size: int) -> None:
     image = Image.fromarray(render(face, seed, split, number, size))
     temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, "PNG", compress_level=1)
-    os.replace(temporary, path)
+    try:
+        image.save(temporary, "PNG", compress_level=1)
+        os.replace(
+            temporary, path
+        )  # without fsync, which would take longer than the rest: a killed process loses nothing
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left while writing {path}; the images rendered so far are kept: "
+                "free some space and run the same command again"
+            ) from error
+        raise
 
 
 @functools.lru_cache(maxsize=512)
@@ -344,8 +356,9 @@ def render(face: Face, seed: int, split: str, number: int, size: int) -> np.ndar
 
 
 def _mask(face: Face, word: str, size: int, random: np.random.Generator) -> np.ndarray:
-    """Ink uint8 [size, size] of the word, turned and shifted, wholly inside: drawn at twice the size."""
-    side = 2 * size
+    """Ink uint8 [size, size] of the word, turned and shifted, wholly inside; small images are drawn at twice the size."""
+    scale = 2 if size < 128 else 1
+    side = scale * size
     probe = _font(str(face.path), face.index, 100).getbbox(word, anchor="ls")
     width, height = max(1.0, probe[2] - probe[0]), max(1.0, probe[3] - probe[1])
     tilt = math.radians(random.uniform(-8, 8))
@@ -371,7 +384,7 @@ def _mask(face: Face, word: str, size: int, random: np.random.Generator) -> np.n
         half + sin * (half + dx) - cos * (half + dy),
     )
     turned = canvas.transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-    return np.asarray(turned.reduce(2))
+    return np.asarray(turned.reduce(scale))
 
 
 def _colours(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -284,3 +284,21 @@ def test_another_configuration_is_refused_unless_overwritten(tmp_path: Path, con
         prepare(replace(config, size=16), tmp_path / "out")
     assert prepare(replace(config, size=16), tmp_path / "out", overwrite=True).size == 16
     assert load(tmp_path / "out", "dataset").size == 16
+
+
+def test_images_that_the_annotations_promise_but_the_disk_lacks_are_named(tmp_path: Path) -> None:
+    data = tmp_path / "fgvc-aircraft-2013b" / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "variants.txt").write_text("a\nb\n")
+    for name, numbers in (("trainval", (1, 2, 3)), ("test", (4, 5))):
+        (data / f"images_variant_{name}.txt").write_text("".join(f"{n:07d} {'ab'[n % 2]}\n" for n in numbers))
+        for n in numbers:
+            Image.new("RGB", (10, 10), (n, n, n)).save(data / "images" / f"{n:07d}.jpg")
+    config = DataConfig(dataset="aircraft", root=tmp_path, size=8)
+    assert prepare(config, tmp_path / "whole").facts["per_class"] == {"train": [1, 2], "test": [1, 1]}
+    (data / "images" / "0000001.jpg").unlink()
+    with pytest.raises(UserError, match="0000001.jpg: no such file"):
+        prepare(config, tmp_path / "out")
+    result = prepare(replace(config, bad_images="skip"), tmp_path / "out")
+    assert result.facts["skipped"] == ["images/0000001.jpg"]
+    assert result.facts["per_class"]["train"] == [1, 1]

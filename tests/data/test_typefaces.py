@@ -1,6 +1,10 @@
 """The built-in set: which faces are taken, that images are legible by measure, seeded, and words never shared by the splits."""
 
+import errno
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +161,56 @@ def test_a_killed_rendering_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, m
     assert {path: path.stat().st_mtime_ns for path in written} == before
     names = [sorted(str(p.relative_to(r)) for p in r.rglob("*")) for r in (tmp_path / "whole", tmp_path / "out")]
     assert names[0] == names[1]
+
+
+def test_kill_9_and_again(tmp_path: Path) -> None:
+    config = replace(SMALL, train_per_class=100)
+    code = (
+        "import sys; from fd2fast.config import DataConfig; from fd2fast.data.prepare import prepare; "
+        "prepare(DataConfig(size=32, classes=3, train_per_class=100, test_per_class=2), sys.argv[1])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "out" / "images").rglob("010.png")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+    assert 10 <= len(list((tmp_path / "out").rglob("*.png"))) < 306
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert prepare(config, tmp_path / "out").id == prepare(config, tmp_path / "whole").id
+
+
+def test_a_full_disk_keeps_what_is_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced: list[Path] = []
+    move = typefaces.os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if len(replaced) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replaced.append(target)
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(typefaces.os, "replace", lambda a, b: (full if "images" in str(a) else move)(a, b))
+        with pytest.raises(UserError, match=r"no space left while writing .*png; .* are kept"):
+            prepare(SMALL, tmp_path / "out")
+    assert [path for path in replaced if path.is_file()] == replaced
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert prepare(SMALL, tmp_path / "out").id == prepare(SMALL, tmp_path / "whole").id
+
+
+def test_collections_hold_several_faces(tmp_path: Path) -> None:
+    from fontTools.ttLib import TTCollection, TTFont
+
+    collection = TTCollection()
+    collection.fonts = [TTFont(typefaces.builtin_folder() / name) for name in ("cmr10.ttf", "cmsy10.ttf", "cmtt10.ttf")]
+    collection.save(tmp_path / "three.ttc")
+    faces, dropped = typefaces.find_faces(tmp_path)
+    assert [(face.name, face.source) for face in faces] == [("cmr10", "three.ttc"), ("cmtt10", "three.ttc#2")]
+    assert (dropped["not Latin letters"], dropped["unreadable"]) == (1, 0)
+    alone = next(f for f in typefaces.find_faces(typefaces.builtin_folder())[0] if f.name == "cmtt10")
+    np.testing.assert_array_equal(
+        typefaces.render(faces[1], 0, "train", 3, 32), typefaces.render(alone, 0, "train", 3, 32)
+    )
 
 
 def test_more_images_add_to_a_set(tmp_path: Path) -> None:
