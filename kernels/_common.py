@@ -48,6 +48,12 @@ def power_of_two(n: int, low: int, high: int) -> int:
     return max(low, min(high, triton.next_power_of_2(n)))
 
 
+def split_options(config: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """A committed configuration as the kernel's own constants and the compiler's options (warps, stages)."""
+    options = {name: config[name] for name in ("num_warps", "num_stages") if name in config}
+    return {name: value for name, value in config.items() if name not in options}, options
+
+
 @triton.jit
 def square_root(x, ACC: tl.constexpr):
     """The correctly rounded root; plain tl.sqrt is approximate in float32."""

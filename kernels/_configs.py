@@ -3,3 +3,28 @@
 # elements per program and warps; 1024 float32 elements of four tensors are 16 KiB in flight per program
 ADAM_BLOCK = 1024
 ADAM_WARPS = 4
+
+# the three constraints: chosen from the loops compiled for sm_90 (share of multiply-add slots, no spills), not measured
+
+# tiles of channels and pixels by the input precision of the products (ieee runs without tensor cores)
+POOL_FWD = {
+    "tf32": {"BC": 128, "BP": 64, "num_warps": 4, "num_stages": 2},
+    "ieee": {"BC": 64, "BP": 32, "num_warps": 8, "num_stages": 2},
+}
+POOL_BWD = {
+    "tf32": {"BC": 64, "BP": 64, "num_warps": 8, "num_stages": 2},
+    "ieee": {"BC": 32, "BP": 64, "num_warps": 8, "num_stages": 2},
+}
+POOL_SCALE = {"BLOCK": 4096, "num_warps": 8}
+POOL_BWD_INNER = {"BLOCK": 8192, "num_warps": 8}
+POOL_BWD_SUM = {"BLOCK": 1024, "num_warps": 4}
+# four programs for each of 132 multiprocessors; channels are split until there are that many
+POOL_PROGRAMS = 528
+
+PROTOTYPE_DISTANCE = {"BN": 32, "BK": 32, "BD": 32, "STAGES": 3, "num_warps": 8}
+PROTOTYPE_LOSS = {"BK": 256, "num_warps": 4}
+PROTOTYPE_BWD = {"BN": 32, "BK": 4, "BD": 128, "STAGES": 3, "num_warps": 4}
+PROTOTYPE_PROGRAMS = 528
+
+SIMILARITY_FWD = {"BLOCK": 2048, "num_warps": 8}
+SIMILARITY_BWD = {"BLOCK": 1024, "num_warps": 4}

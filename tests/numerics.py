@@ -1,5 +1,7 @@
 """The two gates that a kernel's outputs and gradients pass against the float64 reference and plain torch."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,3 +54,30 @@ def check_gradient(
         return
     cosine = (a @ e).item() / sizes
     assert 1 - cosine <= COSINE_LOSS[dtype], f"{name}: 1 - cosine = {1 - cosine:.2e} > {COSINE_LOSS[dtype]:.0e}"
+
+
+def check_kernel(
+    operation: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: torch.dtype, *, grads: Sequence[int] = (0,)
+) -> tuple[Tensor, list[Tensor]]:
+    """Assert both gates for the Triton backend's output and its gradients to inputs[i], i in grads.
+
+    operation(*inputs, backend=...): the operation with everything else bound; dtype: the type that sets the
+    tolerances. The gradient of the output is random. Returns the kernel's output and gradients.
+    """
+    grad_output = None
+    results = []
+    for backend, double in (("reference", True), ("reference", False), ("triton", False)):
+        given = [t.double() if double and t.is_floating_point() else t for t in inputs]
+        given = [t.detach().requires_grad_() if i in grads else t for i, t in enumerate(given)]
+        output = operation(*given, backend=backend)
+        if grad_output is None:
+            grad_output = torch.randn_like(output)
+        found = torch.autograd.grad(output, [given[i] for i in grads], grad_output.to(output.dtype))
+        results.append((output.detach(), found))
+    (expected, expected_grads), (plain, plain_grads), (actual, actual_grads) = results
+    assert actual.dtype == plain.dtype, f"output is {actual.dtype}, wanted {plain.dtype}"
+    check_output(actual, expected, plain, dtype)
+    for i, a, e, p in zip(grads, actual_grads, expected_grads, plain_grads, strict=True):
+        assert a.dtype == inputs[i].dtype, f"gradient {i} is {a.dtype}, wanted {inputs[i].dtype}"
+        check_gradient(a, e, p, dtype, name=f"gradient to input {i}")
+    return actual, list(actual_grads)

@@ -1,12 +1,52 @@
 """The operation prototype_loss (L_F, Eq. 9)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fd2fast import reference
 from fd2fast.ops import _checks, _dispatch
+from fd2fast.reference._offsets import accumulation_dtype
 
-_dispatch.register("prototype_loss")
+_dispatch.register("prototype_loss", "fd2fast.kernels.prototype_loss")
+
+
+def _kernels() -> Any:
+    return _dispatch.kernels("prototype_loss")
+
+
+@torch.library.custom_op("fd2fast::prototype_loss", mutates_args=())
+def _loss(z: Tensor, prototypes: Tensor, labels: Tensor, beta: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """loss [N] and, for the backward, the weights of z - c [K, N] and of z [N]."""
+    return _kernels().prototype_loss_fwd(z, prototypes, labels, beta, eps)
+
+
+@_loss.register_fake
+def _(z, prototypes, labels, beta, eps):
+    n, dtype = z.shape[0], accumulation_dtype(z, prototypes)
+    return z.new_empty(n, dtype=dtype), z.new_empty(prototypes.shape[0], n, dtype=dtype), z.new_empty(n, dtype=dtype)
+
+
+@torch.library.custom_op("fd2fast::prototype_loss_backward", mutates_args=())
+def _loss_backward(grad: Tensor, z: Tensor, prototypes: Tensor, pull: Tensor, shrink: Tensor) -> Tensor:
+    return _kernels().prototype_loss_bwd(grad, z, prototypes, pull, shrink)
+
+
+@_loss_backward.register_fake
+def _(grad, z, prototypes, pull, shrink):
+    return z.new_empty(z.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:2], *output[1:])
+
+
+def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
+    return _loss_backward(grad, *ctx.saved_tensors), None, None, None, None
+
+
+_loss.register_autograd(_gradient, setup_context=_save)
 
 
 def prototype_loss(
@@ -36,6 +76,7 @@ def prototype_loss(
     _checks.labels("labels", labels, n, prototypes.shape[0])
     _checks.same_device("labels", labels, "z", z)
     _checks.constant("prototypes", prototypes)
-    _dispatch.choose("prototype_loss", (z, prototypes), backend)
+    if _dispatch.choose("prototype_loss", (z, prototypes), backend) == "triton":
+        return _loss(z, prototypes, labels, beta, eps)[0]
     with torch.autocast(z.device.type, enabled=False):
         return reference.prototype_loss(z, prototypes, labels, beta=beta, eps=eps)
