@@ -9,10 +9,10 @@ from pathlib import Path
 
 from fd2fast import artifacts
 from fd2fast.artifacts import Artifact
-from fd2fast.config import DistillConfig, RunConfig, replace
+from fd2fast.config import RunConfig, replace
 from fd2fast.data.prepare import describe, prepare
 from fd2fast.errors import UserError
-from fd2fast.methods import BASELINES, METHODS, check_name, patch_factor
+from fd2fast.methods import check_name, patch_factor, takes_committee
 from fd2fast.stages import distill, evaluate, patches, pretrain, relabel, report
 
 HARD = ("random", "herding", "kcenter")
@@ -55,9 +55,8 @@ def check(config: RunConfig) -> list[Entry]:
         raise UserError("no teachers given; wanted at least one backbone name")
     if not config.ipc or min(config.ipc) < 1:
         raise UserError(f"images per class must be 1 or more, got {list(config.ipc)}")
-    for seeds in (config.evaluate.seeds,):
-        if not seeds:
-            raise UserError("no student seeds given (evaluate.seeds)")
+    if not config.evaluate.seeds:
+        raise UserError("no student seeds given; wanted at least one (evaluate.seeds)")
     return entries
 
 
@@ -100,7 +99,7 @@ def run(config: RunConfig, *, overwrite: bool = False) -> Path:
                 settings,
                 out / "images" / folder_name(method),
                 dataset,
-                _teachers_of(settings, list(teachers.values())),
+                _teachers_of(method, list(teachers.values())),
                 patches_for(factor) if factor else None,
                 overwrite=overwrite,
             )
@@ -112,7 +111,7 @@ def run(config: RunConfig, *, overwrite: bool = False) -> Path:
                     replace(config.relabel, ipc=ipc),
                     out / "labels" / f"{folder_name(method)}-ipc{ipc}",
                     images[method],
-                    _labellers_of(settings_method=method, teachers=list(teachers.values())),
+                    _teachers_of(method, list(teachers.values())),
                     overwrite=overwrite,
                 )
             for student in config.students:
@@ -143,16 +142,9 @@ def run(config: RunConfig, *, overwrite: bool = False) -> Path:
     return out / "report"
 
 
-def _teachers_of(config: DistillConfig, teachers: Sequence[Artifact]) -> list[Artifact]:
-    """The committee of a method: all teachers where it uses several, else the first."""
-    if config.method in BASELINES or not METHODS[config.method].get("committee", False):
-        return list(teachers[:1])
-    return list(teachers)
-
-
-def _labellers_of(*, settings_method: str, teachers: Sequence[Artifact]) -> list[Artifact]:
-    """Labels come from the teachers that made the images."""
-    return _teachers_of(DistillConfig(method=settings_method), teachers)
+def _teachers_of(method: str, teachers: Sequence[Artifact]) -> list[Artifact]:
+    """Who makes the images and labels them: all teachers where the method is a committee's, else the first."""
+    return list(teachers) if takes_committee(method) else list(teachers[:1])
 
 
 def report_of(out: Path | str) -> str:
