@@ -28,3 +28,20 @@ PROTOTYPE_PROGRAMS = 528
 
 SIMILARITY_FWD = {"BLOCK": 2048, "num_warps": 8}
 SIMILARITY_BWD = {"BLOCK": 1024, "num_warps": 4}
+
+# programs of a BN pass: sixteen for each of an H200's 132 multiprocessors
+BN_PROGRAMS = 2112
+# tile of the kernel that merges the parts of a segment
+BN_MERGE_PARTS = 16
+BN_MERGE_CHANNELS = 64
+BN_MERGE_WARPS = 4
+
+
+def bn_tile(channels: int, last: bool) -> tuple[int, int, int]:
+    """Pixel rows and channels of a tile, and warps: 2048 elements, 16 for each thread."""
+    if not last:
+        return 1024, 1, 4
+    bc = 8
+    while bc < 64 and bc < channels:
+        bc *= 2
+    return 2048 // bc, bc, 4

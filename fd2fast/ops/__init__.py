@@ -4,7 +4,7 @@ from fd2fast.ops.adam_clamp import adam_clamp_
 from fd2fast.ops.attention_similarity import attention_similarity_loss
 from fd2fast.ops.augment import crop_flip_roll
 from fd2fast.ops.bilinear_attention_pool import bilinear_attention_pool
-from fd2fast.ops.bn_matching import bn_act_matching, bn_matching
+from fd2fast.ops.bn_matching import bn_act, bn_act_matching, bn_matching, match_statistics, segment_statistics
 from fd2fast.ops.normalized_l2 import normalized_l2
 from fd2fast.ops.prototype_loss import prototype_loss
 
@@ -12,9 +12,12 @@ __all__ = [
     "adam_clamp_",
     "attention_similarity_loss",
     "bilinear_attention_pool",
+    "bn_act",
     "bn_act_matching",
     "bn_matching",
     "crop_flip_roll",
+    "match_statistics",
     "normalized_l2",
     "prototype_loss",
+    "segment_statistics",
 ]

@@ -13,23 +13,36 @@ from fd2fast.reference._offsets import (
 )
 
 
-def _segment_statistics(x: Tensor, segments: Offsets) -> tuple[Tensor, Tensor, Tensor]:
-    """Biased variance [S, C] around the mean, mean [S, C] and row counts [S] of x [N, C, H, W]."""
-    bounds = device_offsets(segments, x.device)
-    counts = bounds.diff()
+def segment_statistics(x: Tensor, segments: Offsets) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each segment's rows and pixels.
+
+    x: [N, C, H, W]; segments: int row offsets [S+1] from 0 to N. Returns mean and var [S, C] in float32 (float64 for
+    float64 input), both 0 and without gradient for an empty segment; the variance is summed around the mean.
+    Gradient, with n = rows H W of the segment: dL/dx = (dL/dmean + 2 dL/dvar (x - mean)) / n.
+    """
+    x = x.to(accumulation_dtype(x))
     length = equal_length(host_offsets(segments))
     if length is not None:
         parts = x.unflatten(0, (-1, length))  # [S, L, C, H, W]
         var, mean = torch.var_mean(parts, dim=(1, 3, 4), correction=0)
-        return var, mean, counts
+        return mean, var
+    bounds = device_offsets(segments, x.device)
     owner = row_owner(bounds, x.shape[0])
-    empty = x.new_zeros(counts.numel(), x.shape[1])
-    # an empty segment divides 0 by 1: its statistics are 0 and carry no gradient
-    rows = counts.clamp_min(1).to(x.dtype).unsqueeze(1)
+    empty = x.new_zeros(bounds.numel() - 1, x.shape[1])
+    rows = bounds.diff().clamp_min(1).to(x.dtype).unsqueeze(1)
     mean = empty.index_add(0, owner, x.mean(dim=(2, 3))) / rows
     centred = x - mean.index_select(0, owner)[:, :, None, None]
     var = empty.index_add(0, owner, centred.square().mean(dim=(2, 3))) / rows
-    return var, mean, counts
+    return mean, var
+
+
+def match_statistics(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    """|var - running_var|_2 + |mean - running_mean|_2 over channels: [S, C] x 2, [C] x 2 -> [S].
+
+    For networks where several BN layers see the same channels (DenseNet): statistics are taken once.
+    """
+    norm = torch.linalg.vector_norm
+    return norm(var - running_var.to(var.dtype), dim=-1) + norm(mean - running_mean.to(mean.dtype), dim=-1)
 
 
 def bn_matching(x: Tensor, running_mean: Tensor, running_var: Tensor, segments: Offsets) -> Tensor:
@@ -44,11 +57,35 @@ def bn_matching(x: Tensor, running_mean: Tensor, running_var: Tensor, segments: 
     Gradient, with n = rows H W of the segment, u = (mean - running_mean) / |.|, v = (var - running_var) / |.|
     (0 where the norm is 0): dL/dx = u_c / n + 2 v_c (x - mean_c) / n, an affine function a_c + b_c x.
     """
+    loss = match_statistics(*segment_statistics(x, segments), running_mean, running_var)
+    return torch.where(device_offsets(segments, x.device).diff() > 0, loss, 0.0)
+
+
+def bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    eps: float = 1e-5,
+) -> Tensor:
+    """The first result of bn_act_matching, without the loss: act(BN(x) + residual) [N, C, H, W] in x's type."""
     dtype = accumulation_dtype(x)
-    var, mean, counts = _segment_statistics(x.to(dtype), segments)
-    norm = torch.linalg.vector_norm
-    loss = norm(var - running_var.to(dtype), dim=1) + norm(mean - running_mean.to(dtype), dim=1)
-    return torch.where(counts > 0, loss, 0.0)
+    scale = weight.to(dtype) * torch.rsqrt(running_var.to(dtype) + eps)
+    shift = bias.to(dtype) - running_mean.to(dtype) * scale
+    y = x.to(dtype) * scale[:, None, None] + shift[:, None, None]
+    if residual is not None:
+        y = y + residual.to(dtype)
+    if activation == "relu":
+        y = torch.relu(y)
+    elif activation == "relu6":
+        y = torch.nn.functional.relu6(y)
+    elif activation != "identity":
+        raise ValueError(f'activation must be "relu", "relu6" or "identity", got {activation!r}')
+    return y.to(x.dtype)
 
 
 def bn_act_matching(
@@ -73,16 +110,5 @@ def bn_act_matching(
     Gradient: with h = dL/dy where the activation is open (relu: y > 0; relu6: 0 < y < 6), dL/dresidual = h
     and dL/dx = h weight / sqrt(running_var + eps) + the gradient of bn_matching.
     """
-    dtype = accumulation_dtype(x)
-    scale = weight.to(dtype) * torch.rsqrt(running_var.to(dtype) + eps)
-    shift = bias.to(dtype) - running_mean.to(dtype) * scale
-    y = x.to(dtype) * scale[:, None, None] + shift[:, None, None]
-    if residual is not None:
-        y = y + residual.to(dtype)
-    if activation == "relu":
-        y = torch.relu(y)
-    elif activation == "relu6":
-        y = torch.nn.functional.relu6(y)
-    elif activation != "identity":
-        raise ValueError(f'activation must be "relu", "relu6" or "identity", got {activation!r}')
-    return y.to(x.dtype), bn_matching(x, running_mean, running_var, segments)
+    y = bn_act(x, weight, bias, running_mean, running_var, residual=residual, activation=activation, eps=eps)
+    return y, bn_matching(x, running_mean, running_var, segments)

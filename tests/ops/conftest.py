@@ -18,7 +18,8 @@ def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         tensor = allocate(*args, **kwargs)
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith(POISONED):
-            tensor.fill_(float("nan") if tensor.dtype.is_floating_point else 1 << 20)
+            floating = tensor.dtype.is_floating_point
+            tensor.fill_(float("nan") if floating else min(1 << 20, torch.iinfo(tensor.dtype).max))
         return tensor
 
     return allocate_poisoned
