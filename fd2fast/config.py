@@ -143,7 +143,7 @@ class DistillConfig:
     segment_size: int | None = None
     # Segments in one step; changes speed and memory only, but is recorded because rounding depends on it.
     segments_per_step: int = 1
-    # Iterations of each phase.
+    # Iterations of each phase; one number for a method of several phases is shared out evenly.
     iterations: tuple[int, ...] | None = None
     # Image side of each phase, pixels.
     sizes: tuple[int, ...] | None = None
@@ -161,10 +161,10 @@ class DistillConfig:
     first_bn_multiplier: float = 10.0
     # all: weighted sum over teachers in every iteration. round_robin: one teacher per iteration.
     teacher_schedule: Literal["all", "round_robin"] | None = None
-    # Teachers drawn for each image id (CV-DD); None: all.
+    # Teachers drawn for each image id; None: 2 for cvdd, else all.
     teachers_per_image: int | None = None
-    # Committee weights: equal, or prior = softmax(accuracy in percent / 5) (CV-DD).
-    teacher_weights: Literal["equal", "prior"] = "equal"
+    # Committee weights: equal, or prior = softmax(accuracy in percent / 5) (CV-DD); None: prior for cvdd, else equal.
+    teacher_weights: Literal["equal", "prior"] | None = None
     # Start from patches, real images or Gaussian noise.
     init: Literal["patches", "real", "noise"] | None = None
     # One random resized crop and flip per segment and iteration.
