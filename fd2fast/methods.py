@@ -16,12 +16,14 @@ SEMANTICS = ("paper", "released")
 
 @dataclass(frozen=True)
 class Method:
-    """What a method fixes besides its presets: how many teachers it takes."""
+    """What a method fixes besides its presets: how many teachers it takes and which patches it starts from."""
 
     # Fewest teachers.
     least: int
     # Most teachers; None: any number.
     most: int | None
+    # Cells along one side of the patches it starts from.
+    patch_factor: int
     # Fields for every semantics.
     fields: dict[str, Any]
     # Fields of one semantics.
@@ -40,10 +42,10 @@ _CVDD = {**_SRE2L, "teacher_weights": "prior", "teachers_per_image": 2}
 
 # REFERENCE: SRe2L++ and CV-DD lr .25, r_bn .01, 4000; FADRM 4 x 500; the released FD2 scripts use the other column.
 METHODS: dict[str, Method] = {
-    "sre2l++": Method(1, 1, _SRE2L, _SRE2L_PAPER, _SRE2L_RELEASED),
-    "fadrm": Method(1, 1, _FADRM, _FADRM_PAPER, _FADRM_RELEASED),
-    "fadrm+": Method(2, None, _FADRM, _FADRM_PAPER, _FADRM_RELEASED),
-    "cvdd": Method(2, None, _CVDD, _SRE2L_PAPER, _SRE2L_RELEASED),
+    "sre2l++": Method(1, 1, 2, _SRE2L, _SRE2L_PAPER, _SRE2L_RELEASED),
+    "fadrm": Method(1, 1, 1, _FADRM, _FADRM_PAPER, _FADRM_RELEASED),
+    "fadrm+": Method(2, None, 1, _FADRM, _FADRM_PAPER, _FADRM_RELEASED),
+    "cvdd": Method(2, None, 2, _CVDD, _SRE2L_PAPER, _SRE2L_RELEASED),
 }
 METHODS |= {
     f"{name}_fd2": dataclasses.replace(method, fields={**method.fields, "fd2": True})
@@ -75,10 +77,27 @@ MAY_STAY_OPEN = ("alpha", "teachers_per_image", "ls_threshold")
 _CUB_ITERATIONS = (10000,)
 
 
+def check_name(method: str) -> None:
+    """UserError, with the nearest known name, unless `method` is a method or a baseline."""
+    if method not in METHODS and method not in BASELINES:
+        raise UserError(f"unknown method {method!r}: {nearest(method, [*METHODS, *BASELINES])}")
+
+
+def takes_committee(method: str) -> bool:
+    """Whether the method works with several teachers; all others take one."""
+    return method in METHODS and METHODS[method].most != 1
+
+
+def patch_factor(method: str) -> int | None:
+    """Cells along one side of the initial patches (paper: 2 x 2 for SRe2L++ and RDED, 1 x 1 for FADRM), None if it needs none."""
+    if method in BASELINES:
+        return 2 if method == "rded" else None
+    return METHODS[method].patch_factor
+
+
 def preset(method: str, semantics: str) -> dict[str, Any]:
     """The fields that a method and a semantics set, sizes for 224 pixels. Raises UserError for unknown names."""
-    if method not in METHODS:
-        raise UserError(f"unknown method {method!r}: {nearest(method, [*METHODS, *BASELINES])}")
+    check_name(method)
     if semantics not in SEMANTIC_FIELDS:
         raise UserError(f"unknown semantics {semantics!r}: {nearest(semantics, SEMANTIC_FIELDS)}")
     chosen = METHODS[method]
@@ -154,8 +173,7 @@ def check_teachers(config: DistillConfig, teachers: int) -> None:
 
 
 def _check_choices(config: DistillConfig) -> None:
-    if config.method not in METHODS and config.method not in BASELINES:
-        raise UserError(f"unknown method {config.method!r}: {nearest(config.method, [*METHODS, *BASELINES])}")
+    check_name(config.method)
     if config.semantics not in SEMANTICS:
         raise UserError(f"unknown semantics {config.semantics!r}: {nearest(config.semantics, SEMANTICS)}")
     for name, hint in get_type_hints(DistillConfig).items():

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "device": BASE,
     "_planner": set(),
     "planner": BASE | {"_planner"},
-    "reference": {"errors", "planner", "seeding"},
+    "reference": {"config", "errors", "planner", "seeding"},
     "kernels": set(),
     "ops": BASE | {"reference", "kernels"},
     "data": BASE | {"ops", "artifacts", "seeding", "progress"},
