@@ -41,6 +41,7 @@ class _Part:
     offsets: tuple[int, ...]  # row offsets of the segments within the part
     labels: Tensor
     averaging: Tensor  # [segments, rows]: mean of each segment's rows
+    index: Tensor  # int64: the segments, on the device
 
 
 def segment_mean_matrix(offsets: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -152,6 +153,7 @@ class GroupedStep:
             for teacher, alpha in zip(self.teachers, self._alphas, strict=True)
         ]
         self._parts: dict[tuple[int, ...], _Part] = {}
+        self._constants: dict[tuple[float, ...], Tensor] = {}
         self._resized_priors: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Priors] = {}
         self._loss_dtype = torch.float64 if initial.dtype == torch.float64 else torch.float32
 
@@ -277,6 +279,7 @@ class GroupedStep:
                 tuple(offsets),
                 self.labels[index],
                 segment_mean_matrix(offsets, self.device, self._loss_dtype),
+                torch.tensor(segments, device=self.device),
             )
         return self._parts[segments]
 
@@ -369,19 +372,20 @@ class GroupedStep:
                 found = found * self._constant(weights)[:, None]
             total = found[:, 0]
             if config.precision == "fp16":
-                total = total * (self.scale if part.rows is None else self.scale[list(part.segments)])
+                total = total * (self.scale.index_select(0, part.index))
             total.sum().backward()
-            if part.rows is None:
-                losses += found.detach()
-            else:
-                losses[list(part.segments)] += found.detach()
+            losses.index_add_(0, part.index, found.detach())
         (gradient,) = torch.autograd.grad(view, images, seen.grad)
         self._update(gradient)
         self.iteration += 1
         return losses
 
     def _constant(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=self._loss_dtype, device=self.device)
+        """[len] on the device; each list is copied there once."""
+        key = tuple(values)
+        if key not in self._constants:
+            self._constants[key] = torch.tensor(key, dtype=self._loss_dtype, device=self.device)
+        return self._constants[key]
 
     def _update(self, gradient: Tensor) -> None:
         assert self.config.lr is not None
@@ -424,7 +428,7 @@ class GroupedStep:
 
     def state(self) -> dict[str, Any]:
         """What resuming needs: iteration, phase, images, moments (and loss scales), on the host."""
-        tensors = {name: getattr(self, name).detach().cpu() for name in _STATE}
+        tensors = {name: getattr(self, name).detach().to("cpu", copy=True) for name in _STATE}
         return {"iteration": self.iteration, "phase": self.phase, **tensors}
 
     def load_state(self, state: dict[str, Any]) -> None:

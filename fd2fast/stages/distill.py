@@ -434,7 +434,7 @@ class _Work:
             return given
         table = iteration_table(
             derive(self.config.seed, "prior", segment),
-            [k * self.config.ipc + i for k in labels for i in ids],
+            [i * len(self.dataset.classes) + k for k in labels for i in ids],  # free of IPC
             0,
             1,
             self.dataset.size,

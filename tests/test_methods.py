@@ -1,0 +1,141 @@
+"""Methods: what the presets fill in, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from fd2fast.config import DistillConfig, replace
+from fd2fast.errors import UserError
+from fd2fast.methods import (
+    BASELINES,
+    MAY_STAY_OPEN,
+    METHODS,
+    check_teachers,
+    default_jitter,
+    patch_factor,
+    resolve,
+    scaled_size,
+    takes_committee,
+)
+
+
+def filled(method: str, size: int = 224, classes: int = 200, dataset: str | None = None, **changes: object):
+    return resolve(replace(DistillConfig(method=method), **changes), classes=classes, size=size, dataset=dataset)
+
+
+@pytest.mark.parametrize("semantics", ["paper", "released"])
+@pytest.mark.parametrize("method", [*METHODS])
+def test_nothing_stays_open(method: str, semantics: str) -> None:
+    config = filled(method, semantics=semantics)
+    still_open = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None}
+    assert still_open <= set(MAY_STAY_OPEN)
+    assert config.fd2 is method.endswith("_fd2")
+    assert resolve(config, classes=200, size=224) == config
+
+
+def test_paper_values() -> None:
+    sre2l = filled("sre2l++_fd2")
+    assert (sre2l.iterations, sre2l.lr, sre2l.r_bn, sre2l.sizes) == ((4000,), 0.25, 0.01, (224,))
+    assert (sre2l.lam, sre2l.beta, sre2l.group_size, sre2l.prototypes) == (0.8, 0.5, 4, "ema")
+    assert (sre2l.prior_view, sre2l.patch_choice, sre2l.save_format, sre2l.quantize) == ("clean", "id", "png", "round")
+    assert (sre2l.segment_size, sre2l.jitter, sre2l.ls_threshold, sre2l.keep_base_ce) == (100, 32, None, False)
+    fadrm = filled("fadrm+_fd2")
+    assert (fadrm.iterations, fadrm.lr, fadrm.sizes) == ((500,) * 4, 0.25, (200, 224, 200, 224))
+    assert (fadrm.residual, fadrm.teacher_schedule) == (0.5, "round_robin")
+    cvdd = filled("cvdd")
+    assert (cvdd.teacher_weights, cvdd.teachers_per_image, cvdd.teacher_schedule) == ("prior", 2, "all")
+
+
+def test_released_values() -> None:
+    sre2l = filled("sre2l++_fd2", semantics="released")
+    assert (sre2l.iterations, sre2l.lr, sre2l.r_bn, sre2l.lam) == ((4000,), 1e-3, 1e-3, 0.9)
+    assert (sre2l.prototypes, sre2l.prior_view, sre2l.patch_choice) == ("last", "augmented", "random")
+    assert (sre2l.save_format, sre2l.quantize, sre2l.ls_threshold) == ("jpg", "truncate", 0.0)
+    assert filled("sre2l++_fd2", semantics="released", dataset="cub").iterations == (10000,)
+    fadrm = filled("fadrm+_fd2", semantics="released", dataset="cub")
+    assert (fadrm.iterations, fadrm.lr, fadrm.r_bn) == ((1500, 1500, 1500, 2000), 0.1, 1e-3)
+
+
+def test_given_values_win() -> None:
+    config = filled("fadrm+_fd2", lr=0.02, lam=0.3, prototypes="last", iterations=(7, 8), sizes=(112, 224))
+    assert (config.lr, config.lam, config.prototypes, config.iterations) == (0.02, 0.3, "last", (7, 8))
+    assert filled("sre2l++", fd2=True).fd2 is True
+
+
+def test_sizes_and_jitter_follow_the_images() -> None:
+    assert filled("fadrm+", size=64).sizes == (64,) * 4
+    assert filled("fadrm+", size=128).sizes == (112, 128, 112, 128)
+    assert scaled_size(200, 96) == 88
+    assert [default_jitter(s) for s in (32, 64, 144, 224)] == [4, 4, 18, 32]
+    assert filled("sre2l++", classes=10).segment_size == 10
+
+
+def test_one_number_of_iterations_is_the_whole_budget() -> None:
+    assert filled("fadrm+", iterations=(402,)).iterations == (100,) * 4
+    assert filled("sre2l++", iterations=(402,)).iterations == (402,)
+    assert filled("fadrm+", iterations=(402,), sizes=(224,)).iterations == (402,)
+    with pytest.raises(UserError, match="at least 4"):
+        filled("fadrm+", iterations=(3,))
+
+
+def test_baselines_need_no_presets() -> None:
+    for method in BASELINES:
+        config = filled(method, ipc=3)
+        assert (config.save_format, config.iterations) == ("png", None)
+
+
+def test_patches_and_committees() -> None:
+    assert [patch_factor(m) for m in ("sre2l++_fd2", "fadrm", "rded", "random")] == [2, 1, 2, None]
+    assert [takes_committee(m) for m in ("sre2l++", "fadrm+_fd2", "cvdd", "rded")] == [False, True, True, False]
+    check_teachers(filled("fadrm+"), 2)
+    for method, count, message in (
+        ("fadrm+", 1, "at least 2"),
+        ("cvdd_fd2", 1, "at least 2"),
+        ("sre2l++", 0, "at least 1"),
+        ("sre2l++_fd2", 2, "takes 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_teachers(filled(method), count)
+    with pytest.raises(UserError, match="teachers_per_image is 3, but only 2"):
+        check_teachers(filled("cvdd", teachers_per_image=3), 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "sre2lpp_fd2"}, "did you mean 'sre2l\\+\\+_fd2'"),
+        ({"method": "herdin"}, "did you mean 'herding'"),
+        ({"semantics": "papers"}, "did you mean 'paper'"),
+        ({"init": "patch"}, "unknown init 'patch': did you mean 'patches'"),
+        ({"precision": "fp8"}, "unknown precision"),
+        ({"ipc": 0}, "ipc must be at least 1 image per class, got 0"),
+        ({"group_size": 0}, r"group_size must be at least 1 image \(N_S\), got 0"),
+        ({"lam": 1.2}, r"lam must be within \[0, 1\], got 1.2"),
+        ({"lam": -0.1}, r"lam must be within \[0, 1\], got -0.1"),
+        ({"lam": float("nan")}, "lam must be within"),
+        ({"beta": 2.0}, "beta must be"),
+        ({"alpha": -1.0}, "alpha must be"),
+        ({"segment_size": 201}, "segment_size must be at most the 200 classes of the data set, got 201"),
+        ({"segment_size": 0}, "segment_size must be at least 1"),
+        ({"segments_per_step": 0}, "segments_per_step must be"),
+        ({"iterations": ()}, "iterations must be"),
+        ({"iterations": (0,)}, "iterations must be"),
+        ({"sizes": (4,)}, "sizes must be at least one side, each of 8 pixels"),
+        ({"sizes": (112, 224)}, "same number of phases"),
+        ({"sizes": (112,)}, "sizes must end with the side of the data set's images, 224"),
+        ({"lr": 0.0}, "lr must be a positive number"),
+        ({"lr": "fast"}, "lr must be a positive number, got 'fast'"),
+        ({"betas": (0.5, 1.0)}, "betas must be"),
+        ({"residual": 1.5}, "residual must be"),
+        ({"r_bn": -1.0}, "r_bn must be"),
+        ({"min_crop": 0.0}, "min_crop must be"),
+        ({"jitter": -1}, "jitter must be"),
+        ({"save_every": 0}, "save_every must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"ls_threshold": float("nan")}, "ls_threshold must be"),
+        ({"teachers_per_image": 0}, "teachers_per_image must be"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        filled(str(changes.pop("method", "sre2l++_fd2")), **changes)
