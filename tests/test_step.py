@@ -21,7 +21,7 @@ def teachers_of(method: str, dtype: torch.dtype = torch.float64) -> list:
         teachers.append(
             tiny_teacher(f"{OTHER},output_stride=8", CLASSES, seed=1, alpha=0.7, accuracy=57.0, dtype=dtype)
         )
-        teachers.append(tiny_teacher(SMALL, CLASSES, seed=2, maps=2, accuracy=44.0, dtype=dtype))
+        teachers.append(tiny_teacher(f"{SMALL},output_stride=8", CLASSES, seed=2, maps=2, accuracy=44.0, dtype=dtype))
     return teachers
 
 
@@ -231,6 +231,26 @@ def test_losses_fall() -> None:
     for column, term in enumerate(TERMS):
         assert last[column] < first[column], f"{term} rose from {first[column]:.3f} to {last[column]:.3f}"
     assert last[0] < 0.6 * first[0]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", [SMALL, OTHER])
+def test_one_row_has_the_gradient_of_its_row(name: str, channels_last: bool) -> None:
+    """torch's CPU batch norm misreads one-sample gradients in some layouts; pooling must not hand it one."""
+    teacher = tiny_teacher(f"{name},output_stride=8", CLASSES)
+    if channels_last:
+        teacher = teacher.to(memory_format=torch.channels_last)
+    images, weight = pixels(1, 3), torch.randn(3, teacher.prototypes_ema.shape[1], dtype=torch.float64)
+
+    def gradient(rows: slice) -> torch.Tensor:
+        x = images[rows].clone().requires_grad_(True)
+        out = teacher(x)
+        (out.z * weight[rows]).sum().backward()
+        return x.grad
+
+    together, alone = gradient(slice(0, 3))[2:], gradient(slice(2, 3))
+    torch.testing.assert_close(alone, together, rtol=1e-8, atol=1e-12)
+    assert alone.abs().max() > 1e-6
 
 
 def test_hooks_are_removed() -> None:

@@ -6,6 +6,18 @@ from torch import Tensor
 from fd2fast.reference._offsets import accumulation_dtype
 
 
+class _PlainGradient(torch.autograd.Function):
+    """Identity with a contiguous gradient."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
 def bilinear_attention_pool(features: Tensor, attention: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Unit-norm bilinear pooling vector z of each sample.
 
@@ -21,6 +33,10 @@ def bilinear_attention_pool(features: Tensor, attention: Tensor, *, eps: float =
     the norm is below 1e-12), dL/dG = dL/ds / (2 sqrt(|G| + eps)), and exactly 0 where G = 0.
     """
     dtype = accumulation_dtype(features, attention)
+    if features.shape[0] == 1:
+        # the product's gradient for one sample has odd strides, with which torch's CPU batch norm (eval mode, 2.15) gives
+        # a wrong input gradient
+        features, attention = _PlainGradient.apply(features), _PlainGradient.apply(attention)
     f = features.to(dtype).flatten(2)  # [N, C, HW]
     a = attention.to(dtype).flatten(2)  # [N, M, HW]
     gram = torch.bmm(a, f.transpose(1, 2)) / f.shape[2]  # [N, M, C]
