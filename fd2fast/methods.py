@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fd2fast.config import DistillConfig
+from fd2fast.config import DistillConfig, replace
 from fd2fast.errors import UserError, nearest
 
 BASELINES = ("random", "herding", "kcenter", "rded")
@@ -131,17 +131,17 @@ def resolve(config: DistillConfig, *, classes: int, size: int, dataset: str | No
     _check_numbers(config)
     if config.method in BASELINES:
         filled = {"fd2": False, "save_format": "png", "quantize": "round", "init": "real"}
-        return dataclasses.replace(config, **{k: v for k, v in filled.items() if getattr(config, k) is None})
+        return replace(config, **{k: v for k, v in filled.items() if getattr(config, k) is None})
     values = preset(config.method, config.semantics)
     if config.semantics == "released" and dataset == "cub" and values["iterations"] == (4000,):
         values["iterations"] = _CUB_ITERATIONS
     values["sizes"] = tuple(scaled_size(side, size) for side in values["sizes"])
     if config.iterations is not None and config.sizes is None:
         values["iterations"] = _shared_out(config.iterations, len(values["sizes"]))
-        config = dataclasses.replace(config, iterations=None)
+        config = replace(config, iterations=None)
     values["segment_size"] = min(100, classes)
     values["jitter"] = default_jitter(size)
-    resolved = dataclasses.replace(config, **{k: v for k, v in values.items() if getattr(config, k) is None})
+    resolved: DistillConfig = replace(config, **{k: v for k, v in values.items() if getattr(config, k) is None})
     still_open = [
         f.name
         for f in dataclasses.fields(resolved)

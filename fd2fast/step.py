@@ -311,6 +311,8 @@ class GroupedStep:
     def _teacher_losses(self, index: int, view: Tensor, part: _Part) -> Tensor:
         """[segments of the part, TERMS] of one teacher, with its graph; column 0 is the weighted total (Eq. 12)."""
         config, teacher, alpha = self.config, self.teachers[index], self._alphas[index]
+        assert config.r_bn is not None
+        assert config.lam is not None
         with self._autocast(), self._captures[index].on(part.offsets) as capture:
             if config.fd2:
                 out = teacher(view)
@@ -351,7 +353,6 @@ class GroupedStep:
         side `size`. With several teachers in one iteration the losses are weighted sums over them.
         """
         config = self.config
-        assert config.lr is not None
         if self.finished:
             raise ValueError(f"all {self.total_iterations} iterations are done")
         phase = self._phase_of(self.iteration)

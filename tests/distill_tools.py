@@ -1,8 +1,14 @@
 """Tiny teachers and settings for the tests of the step and the distill stage."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 
-from fd2fast.config import DistillConfig, replace
+from fd2fast.artifacts import Artifact, Stage, open_stage, write_npy
+from fd2fast.config import DataConfig, DistillConfig, PatchesConfig, PretrainConfig, replace
+from fd2fast.data.pixels import save_image
+from fd2fast.data.store import load_split
 from fd2fast.methods import resolve
 from fd2fast.models.backbone import build_backbone
 from fd2fast.models.teacher import Teacher
@@ -45,3 +51,39 @@ def tiny_config(method: str, *, classes: int = 5, size: int = 32, **changes: obj
     """A resolved configuration in fp64."""
     config = replace(DistillConfig(method=method, precision="fp64"), **changes)
     return resolve(config, classes=classes, size=size)
+
+
+def make_dataset(path: Path, classes: int = 5, size: int = 32, per_class: int = 4, seed: int = 0) -> Artifact:
+    """A "dataset" artifact of smooth random images."""
+    stage = open_stage(path, "dataset", DataConfig(size=size, seed=seed), {})
+    rng = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        coarse = torch.from_numpy(rng.random((classes * per_class, 3, 4, 4)))
+        images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+        write_npy(stage.path / f"{split}_images.npy", (images * 255).to(torch.uint8).numpy())
+        write_npy(stage.path / f"{split}_labels.npy", np.repeat(np.arange(classes), per_class))
+    count = classes * per_class
+    facts = {"name": "smooth", "train": count, "test": count, "per_class": {"train": [per_class] * classes}}
+    return stage.finish(classes=[f"class {k}" for k in range(classes)], size=size, mean=MEAN, std=STD, facts=facts)
+
+
+def make_teacher(path: Path, dataset: Artifact, name: str = f"{SMALL},output_stride=8", **settings: object) -> Artifact:
+    """A "teacher" artifact with a tiny random teacher."""
+    stage = open_stage(path, "teacher", PretrainConfig(model=name), {"dataset": dataset})
+    teacher = tiny_teacher(name, len(dataset.classes), size=dataset.size, dtype=torch.float32, **settings)
+    teacher.save(stage.path / "teacher.safetensors")
+    return _finish_like(stage, dataset, {"model": teacher.name, "backbone_accuracy": teacher.accuracy})
+
+
+def make_patches(path: Path, dataset: Artifact, per_class: int = 3) -> Artifact:
+    """A "patches" artifact: the first training images of each class."""
+    stage = open_stage(path, "patches", PatchesConfig(per_class=per_class), {"dataset": dataset})
+    train = load_split(dataset, "train")
+    for label in range(len(dataset.classes)):
+        for index, pixels in enumerate(train.pixels(train.of_class(label)[:per_class])):
+            save_image(stage.path / f"images/{label:05d}/class{label:05d}_id{index:05d}.png", pixels)
+    return _finish_like(stage, dataset, {"factor": 1, "per_class": per_class})
+
+
+def _finish_like(stage: Stage, dataset: Artifact, facts: dict[str, object]) -> Artifact:
+    return stage.finish(classes=dataset.classes, size=dataset.size, mean=dataset.mean, std=dataset.std, facts=facts)

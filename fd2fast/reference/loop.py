@@ -25,7 +25,7 @@ class _BatchNormLosses:
             for i, (_, layer) in enumerate(layers)
         ]
 
-    def _measure(self, index: int, layer: nn.Module, x: Tensor) -> None:
+    def _measure(self, index: int, layer: Any, x: Tensor) -> None:
         mean = x.mean(dim=(0, 2, 3))
         var = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(dim=1, unbiased=False)
         distance = torch.norm(layer.running_var - var, 2) + torch.norm(layer.running_mean - mean, 2)
@@ -79,6 +79,8 @@ def segment_loss(
     view: augmented images [n, 3, S, S]; labels: int [n]; priors: per sample the attention [p, M, h, w] of the finished
     images of its class and group (empty: L_S is 0). The base method alone uses the backbone branch only.
     """
+    assert config.r_bn is not None
+    assert config.lam is not None
     alpha = 0.0
     if config.fd2:
         alpha = teacher.alpha if config.alpha is None else config.alpha
@@ -159,6 +161,8 @@ def optimise_segment(
     """
     assert config.iterations is not None
     assert config.sizes is not None
+    assert config.residual is not None
+    assert config.lr is not None
     total = sum(config.iterations)
     if priors is None:
         priors = [[initial.new_zeros(0, 1, 1, 1)] * len(labels)] * len(teachers)
@@ -187,7 +191,7 @@ def optimise_segment(
                     part, terms = segment_loss(teacher, view, labels, prior, config)
                     loss = loss + weight * part
             loss.backward()
-            if watch is not None:
+            if watch is not None and images.grad is not None:
                 watch(t, images.detach(), images.grad.clone(), {k: v.detach() for k, v in terms.items()})
             optimizer.step()
             with torch.no_grad():

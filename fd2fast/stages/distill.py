@@ -70,6 +70,7 @@ def run(
     config = resolve(config, classes=len(dataset.classes), size=dataset.size, dataset=name)
     baseline = config.method in BASELINES
     needed = {"dataset": dataset, **_fitting_parents(config, dataset, teachers, patches)}
+    device = pick_device(config.device)
     stage = open_stage(out, "images", config, needed, overwrite=overwrite)
     given = {"draws": _draws_digest(draws), "prior_draws": _draws_digest(prior_draws)}
     if stage.finished is not None:
@@ -83,9 +84,9 @@ def run(
     began = time.monotonic()
     if baseline:
         iterations = 0
-        _select(config, stage, dataset, needed)
+        _select(config, stage, dataset, needed, device)
     else:
-        work = _Work(config, stage, dataset, list(teachers), needed.get("patches"), draws, prior_draws)
+        work = _Work(config, stage, dataset, list(teachers), needed.get("patches"), device, draws, prior_draws)
         iterations = work.run()
     return stage.finish(
         classes=dataset.classes,
@@ -115,6 +116,8 @@ def _fitting_parents(
             raise UserError(f"{teacher.path} holds a {teacher.kind} artifact; wanted a teacher")
         teacher.must_fit(dataset)
         _same_data(teacher, dataset)
+        if config.teacher_weights == "prior" and not np.isfinite(teacher.facts.get("backbone_accuracy") or np.nan):
+            raise UserError(f"teacher {teacher.path} has no accuracy, which teacher_weights 'prior' needs")
         parents[f"teacher{index}"] = teacher
     wants_patches = config.method == "rded" or (config.method not in BASELINES and config.init == "patches")
     if not wants_patches:
@@ -161,11 +164,12 @@ def _same_draws(given: dict[str, Any], found: dict[str, Any], path: Path) -> Non
             raise UserError(f"{path} was begun with other {name}; choose another output folder, or overwrite it")
 
 
-def _select(config: DistillConfig, stage: Stage, dataset: Artifact, parents: Mapping[str, Artifact]) -> None:
+def _select(
+    config: DistillConfig, stage: Stage, dataset: Artifact, parents: Mapping[str, Artifact], device: torch.device
+) -> None:
     """Real images or crops picked by a baseline, written like distilled ones."""
     from fd2fast import baselines
 
-    device = pick_device(config.device)
     patches, teacher = parents.get("patches"), parents.get("teacher0")
     chosen = baselines.select(config.method, config.ipc, dataset, teacher, patches, config.seed, device)
     chosen = torch.as_tensor(chosen).cpu()
@@ -226,6 +230,7 @@ class _Work:
         dataset: Artifact,
         teachers: Sequence[Artifact],
         patches: Artifact | None,
+        device: torch.device,
         draws: Draws | None,
         prior_draws: Draws | None,
     ):
@@ -234,7 +239,7 @@ class _Work:
         self.config, self.stage, self.dataset, self.patches = config, stage, dataset, patches
         self.iterations, self.sizes = config.iterations, config.sizes
         self.total = sum(config.iterations)
-        self.device = pick_device(config.device)
+        self.device = device
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.plan: Plan = make_plan(
             len(dataset.classes),
@@ -246,10 +251,6 @@ class _Work:
         self.draws, self.prior_draws = draws, prior_draws
         self._check_draws()
         self.teachers: list[Teacher] = [load_teacher(t, self.device, self.dtype) for t in teachers]
-        if config.teacher_weights == "prior":
-            for artifact, teacher in zip(teachers, self.teachers, strict=True):
-                if not np.isfinite(teacher.accuracy):
-                    raise UserError(f"teacher {artifact.path} has no accuracy, which teacher_weights 'prior' needs")
         self.train: ImageSet | None = load_split(dataset, "train") if config.init == "real" else None
         if self.train is not None:
             self.train.require(1, "init 'real'")

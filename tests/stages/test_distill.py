@@ -1,0 +1,433 @@
+"""The distill stage: the bytes of the plain loop, resuming, prefixes of larger sets, records, refusals."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distill_tools import MEAN, OTHER, STD, make_dataset, make_patches, make_teacher
+from PIL import Image
+
+import fd2fast
+from fd2fast.artifacts import Artifact, file_digest
+from fd2fast.config import DistillConfig, replace
+from fd2fast.errors import UserError
+from fd2fast.methods import resolve
+from fd2fast.models.teacher import load_teacher
+from fd2fast.planner import iteration_table, make_plan
+from fd2fast.reference.loop import crop_flip_roll, optimise_segment, prior_attention
+from fd2fast.stages import distill
+from fd2fast.step import TERMS, GroupedStep
+
+CLASSES, SIZE = 5, 32
+LOW = [-m / s for m, s in zip(MEAN, STD, strict=True)]
+HIGH = [(1 - m) / s for m, s in zip(MEAN, STD, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> types.SimpleNamespace:
+    """One data set with two teachers and patches for all tests."""
+    root = tmp_path_factory.mktemp("room")
+    dataset = make_dataset(root / "dataset", CLASSES, SIZE)
+    return types.SimpleNamespace(
+        root=root,
+        dataset=dataset,
+        teacher=make_teacher(root / "teacher", dataset),
+        other=make_teacher(root / "other", dataset, f"{OTHER},output_stride=8", seed=1, alpha=0.7, accuracy=57.0),
+        patches=make_patches(root / "patches", dataset),
+    )
+
+
+def settings(**changes: object) -> DistillConfig:
+    return replace(
+        DistillConfig(ipc=3, group_size=2, segment_size=3, segments_per_step=2, iterations=(6,), precision="fp32"),
+        **changes,
+    )
+
+
+def files_of(artifact: Artifact) -> dict[str, str]:
+    return {name: file_digest(artifact.path / name) for name in artifact.manifest["files"]}
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def normalised(path: Path) -> torch.Tensor:
+    pixels = torch.from_numpy(pixels_of(path)).permute(2, 0, 1).double() / 255
+    return (pixels - torch.tensor(MEAN, dtype=torch.float64).view(3, 1, 1)) / torch.tensor(
+        STD, dtype=torch.float64
+    ).view(3, 1, 1)
+
+
+def by_the_loop(
+    config: DistillConfig,
+    room: types.SimpleNamespace,
+    teachers: list[Artifact],
+    out: Path,
+    draws: dict,
+    prior_draws: dict,
+) -> None:
+    """The whole stage by the plain loop, one segment after the other, ids ascending."""
+    resolved = resolve(config, classes=CLASSES, size=SIZE)
+    loaded = [load_teacher(t, "cpu", torch.float64) for t in teachers]
+    suffix = resolved.save_format
+    for image_id in range(config.ipc):
+        first_of_group = image_id - image_id % config.group_size
+        for block, first in enumerate(range(0, CLASSES, config.segment_size)):
+            labels = list(range(first, min(CLASSES, first + config.segment_size)))
+            segment = image_id * -(-CLASSES // config.segment_size) + block
+            names = [f"images/{k:05d}/class{k:05d}_id{image_id:05d}.png" for k in labels]
+            initial = torch.stack([normalised(room.patches.file(name)) for name in names])
+            earlier = range(first_of_group, image_id)
+            priors: list[list[torch.Tensor]] = [[] for _ in loaded]
+            for row, k in enumerate(labels):
+                images = [normalised(out / f"class{k}_id{i}.{suffix}") for i in earlier]
+                if resolved.prior_view == "augmented":
+                    views = prior_draws[segment][row * len(images) : (row + 1) * len(images)] if images else []
+                    images = [crop_flip_roll(x[None], d, SIZE)[0] for x, d in zip(images, views, strict=True)]
+                for mine, teacher in zip(priors, loaded, strict=True):
+                    empty = torch.zeros(0, 1, 4, 4, dtype=torch.float64)
+                    mine.append(prior_attention(teacher, torch.stack(images)) if images else empty)
+            final = optimise_segment(
+                initial,
+                torch.tensor(labels),
+                loaded,
+                draws[segment].tolist(),
+                resolved,
+                low=LOW,
+                high=HIGH,
+                priors=priors,
+            )
+            unit = final * torch.tensor(STD, dtype=torch.float64).view(3, 1, 1) + torch.tensor(
+                MEAN, dtype=torch.float64
+            ).view(3, 1, 1)
+            values = unit.clamp(0, 1) * 255
+            pixels = (values.round() if resolved.quantize == "round" else values.floor()).to(torch.uint8)
+            for k, image in zip(labels, pixels, strict=True):
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"class{k}_id{image_id}.{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("sre2l++_fd2", {"iterations": (8,)}),
+        ("fadrm+_fd2", {"iterations": (4, 5), "sizes": (16, 32)}),
+        ("sre2l++_fd2", {"iterations": (8,), "semantics": "released", "patch_choice": "id", "lr": 0.1}),
+    ],
+)
+def test_saved_bytes_are_those_of_the_plain_loop(
+    method: str, changes: dict, room: types.SimpleNamespace, tmp_path: Path
+) -> None:
+    config = settings(method=method, precision="fp64", **changes)
+    teachers = [room.teacher, room.other] if method.startswith("fadrm+") else [room.teacher]
+    resolved = resolve(config, classes=CLASSES, size=SIZE)
+    plan = make_plan(CLASSES, config.ipc, group_size=config.group_size, segment_size=config.segment_size)
+    draws, prior_draws = {}, {}
+    for segment in range(plan.n_segments):
+        tables, first = [], 0
+        for count, size in zip(resolved.iterations, resolved.sizes, strict=True):
+            tables.append(iteration_table(11, [segment], first, count, size, jitter=4)[:, 0])
+            first += count
+        draws[segment] = np.concatenate(tables)
+        rows = int(plan.slot[segment]) * int(plan.end_class[segment] - plan.first_class[segment])
+        prior_draws[segment] = iteration_table(12, list(range(rows)), segment, 1, SIZE, jitter=0)[0]
+    made = distill.run(
+        config, tmp_path / "a", room.dataset, teachers, room.patches, draws=draws, prior_draws=prior_draws
+    )
+    out = tmp_path / "b"
+    out.mkdir()
+    by_the_loop(config, room, teachers, out, draws, prior_draws)
+    for k in range(CLASSES):
+        for i in range(config.ipc):
+            name = f"class{k:03d}_id{i:03d}.{resolved.save_format}"
+            mine = pixels_of(made.file(f"images/new{k:03d}/{name}"))
+            theirs = pixels_of(out / f"class{k}_id{i}.{resolved.save_format}")
+            assert np.array_equal(mine, theirs), f"{name}: {np.abs(mine.astype(int) - theirs).max()}"
+
+
+def test_what_is_written(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    config = settings(method="sre2l++_fd2", iterations=(40,))
+    made = distill.run(config, tmp_path / "a", room.dataset, [room.teacher], room.patches)
+    assert made.kind == "images"
+    assert made.config["lr"] == 0.25
+    assert {k: made.facts[k] for k in ("method", "semantics", "ipc")} == {
+        "method": "sre2l++_fd2",
+        "semantics": "paper",
+        "ipc": 3,
+    }
+    assert made.facts["teachers"] == [room.teacher.facts["model"]]
+    assert sum(name.startswith("images/") for name in made.manifest["files"]) == 15
+    assert {"grid.png", "losses.json", "losses.png", "plan.json"} <= set(made.manifest["files"])
+    assert not (made.path / "state").exists()
+
+    losses = json.loads(made.file("losses.json").read_text())
+    assert list(losses["segments"]) == [str(s) for s in range(6)]
+    last_of_group = losses["segments"]["2"]
+    assert (last_of_group["classes"], last_of_group["image_id"], last_of_group["slot"]) == ([0, 3], 1, 1)
+    assert last_of_group["iterations"] == [*range(0, 40, 2), 39]
+    assert set(TERMS) < set(last_of_group)
+    assert all(v > 0 for v in last_of_group["l_s"])
+    assert not any(losses["segments"]["0"]["l_s"])
+    assert last_of_group["total"][-1] < last_of_group["total"][0]
+
+    plan = json.loads(made.file("plan.json").read_text())
+    assert sorted(s for step in plan["steps"] for s in step) == list(range(6))
+    assert max(len(step) for step in plan["steps"]) == 2
+    height, width, _ = pixels_of(made.file("grid.png")).shape
+    assert width > 4 * SIZE  # the initial image and three ids
+    assert height > CLASSES * SIZE
+    again = distill.run(config, tmp_path / "a", room.dataset, [room.teacher], room.patches)
+    assert again.id == made.id
+
+
+def test_smaller_sets_are_prefixes(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    """IPC 1 is the first id of IPC 3, for patches, real images, noise and the released random patches."""
+    for changes in ({}, {"init": "real"}, {"init": "noise"}, {"semantics": "released", "lr": 0.1}):
+        made = {}
+        for ipc in (2, 3):
+            config = settings(method="sre2l++_fd2", ipc=ipc, segments_per_step=1, iterations=(3,), **changes)
+            name = "-".join(map(str, changes.values()))
+            made[ipc] = distill.run(config, tmp_path / f"{ipc}{name}", room.dataset, [room.teacher], room.patches)
+        small = {k: v for k, v in files_of(made[2]).items() if k.startswith("images/")}
+        assert len(small) == 10
+        assert {k: files_of(made[3])[k] for k in small} == small
+
+
+def test_initial_images_differ_between_ids(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    for init in ("patches", "real", "noise"):
+        config = settings(method="sre2l++", init=init, ipc=2, lr=1e-9, iterations=(1,))
+        made = distill.run(config, tmp_path / init, room.dataset, [room.teacher], room.patches)
+        digests = [v for k, v in files_of(made).items() if k.startswith("images/")]
+        assert len(set(digests)) == 10
+    first = pixels_of(tmp_path / "patches/images/new002/class002_id001.png").astype(int)
+    patch = pixels_of(room.patches.file("images/00002/class00002_id00001.png")).astype(int)
+    assert np.abs(first - patch).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "method", ["sre2l++", "sre2l++_fd2", "fadrm", "fadrm_fd2", "fadrm+", "fadrm+_fd2", "cvdd", "cvdd_fd2"]
+)
+@pytest.mark.parametrize("semantics", ["paper", "released"])
+def test_every_method_runs(method: str, semantics: str, room: types.SimpleNamespace, tmp_path: Path) -> None:
+    teachers = [room.teacher, room.other] if method.startswith(("fadrm+", "cvdd")) else [room.teacher]
+    config = settings(method=method, semantics=semantics, ipc=2, iterations=(4,))
+    made = distill.run(config, tmp_path / "out", room.dataset, teachers, room.patches)
+    assert made.config["iterations"] == ([4] if "fadrm" not in method else [1] * 4)
+    suffix = "jpg" if semantics == "released" else "png"
+    image = pixels_of(made.file(f"images/new004/class004_id001.{suffix}"))
+    assert image.shape == (SIZE, SIZE, 3)
+    assert image.std() > 1
+
+
+def test_committees_are_drawn_per_image_id(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    """Two of three, differing between ids; a step with different committees runs, and ids do not depend on IPC."""
+    third = make_teacher(tmp_path / "third", room.dataset, seed=3, accuracy=60.0)
+    teachers = [room.teacher, room.other, third]
+    config = settings(method="cvdd_fd2", ipc=6, group_size=1, segments_per_step=4, iterations=(2,))
+    resolved = resolve(config, classes=CLASSES, size=SIZE)
+    found: list = []
+    original = GroupedStep.__init__
+
+    def spy(self: GroupedStep, *args: object, **kwargs: object) -> None:
+        found.extend(kwargs["committees"])
+        original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(GroupedStep, "__init__", spy)
+        distill.run(config, tmp_path / "out", room.dataset, teachers, init_patches(room, tmp_path))
+    assert resolved.teachers_per_image == 2
+    assert all(len(c) == 2 and c[0] < c[1] for c in found)
+    assert len({tuple(c) for c in found}) > 1
+
+
+def init_patches(room: types.SimpleNamespace, tmp_path: Path) -> Artifact:
+    """Patches for six ids need six training images of each class."""
+    dataset = make_dataset(tmp_path / "more", CLASSES, SIZE, per_class=6)
+    patches = make_patches(tmp_path / "more patches", dataset, per_class=6)
+    patches.manifest["parents"] = {"dataset": {"kind": "dataset", "id": room.dataset.id}}
+    return patches
+
+
+KILL = """
+import os, signal, sys
+from fd2fast import artifacts
+from fd2fast.config import DistillConfig, replace
+from fd2fast.stages import distill
+from fd2fast.step import GroupedStep
+import torch
+torch.set_num_threads(1)
+root, out, what, after = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+calls = 0
+def deadly(original):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls > after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    return call
+if what == "iterate":
+    GroupedStep.iterate = deadly(GroupedStep.iterate)
+else:
+    distill.save_image = deadly(distill.save_image)
+load = lambda name, kind: artifacts.load(f"{root}/{name}", kind)
+config = DistillConfig(method="fadrm+_fd2", ipc=2, group_size=2, segment_size=3, segments_per_step=2,
+                       iterations=(5, 6), sizes=(16, 32), save_every=4)
+teachers = [load("teacher", "teacher"), load("other", "teacher")]
+distill.run(config, out, load("dataset", "dataset"), teachers, load("patches", "patches"))
+"""
+
+
+def test_killed_and_resumed_is_unbroken(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    """kill -9 in the second phase of the first step, then between two images of the second step: same bytes, same id."""
+    out = tmp_path / "killed"
+    for what, after in (("iterate", 9), ("save_image", 5 + 2)):
+        command = [sys.executable, "-c", KILL, str(room.root), str(out), what, str(after)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.returncode == -9, ended.stderr
+        assert not (out / "manifest.json").exists()
+    assert len(list(out.glob("images/*/*"))) == 5 + 2
+    assert len(list(out.glob("state/steps/*.json"))) == 1
+    config = settings(method="fadrm+_fd2", ipc=2, iterations=(5, 6), sizes=(16, 32), save_every=4)
+    parents = (room.dataset, [room.teacher, room.other], room.patches)
+    resumed = distill.run(config, out, *parents)
+    assert resumed.measured["iterations_this_run"] < 11  # the first step and a part of the second were kept
+    unbroken = distill.run(replace(config, save_every=1000), tmp_path / "unbroken", *parents)
+    assert files_of(resumed) == files_of(unbroken)
+    assert resumed.id == unbroken.id
+
+
+def test_a_lost_image_of_a_finished_step_is_made_again(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    config = settings(method="sre2l++", ipc=1, segments_per_step=1, iterations=(3,))
+    parents = (room.dataset, [room.teacher], room.patches)
+    whole = distill.run(config, tmp_path / "a", *parents)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(distill._Work, "_write_overviews", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            distill.run(config, tmp_path / "b", *parents)
+    (tmp_path / "b/images/new001/class001_id000.png").unlink()
+    assert distill.run(config, tmp_path / "b", *parents).id == whole.id
+
+
+def test_draws_are_recorded(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    config = settings(method="sre2l++", ipc=1, iterations=(2,))
+    parents = (room.dataset, [room.teacher], room.patches)
+    draws = {s: iteration_table(5, [s], 0, 2, SIZE, jitter=4)[:, 0] for s in range(2)}
+    made = distill.run(config, tmp_path / "a", *parents, draws=draws)
+    assert len(made.facts["given_draws"]["draws"]) == 64
+    assert distill.run(config, tmp_path / "a", *parents, draws=draws).id == made.id
+    with pytest.raises(UserError, match="was begun with other draws"):
+        distill.run(config, tmp_path / "a", *parents)
+    with pytest.raises(UserError, match=r"draws\[1\] must be int \[2, 7\], got None"):
+        distill.run(config, tmp_path / "b", *parents, draws={0: draws[0]})
+    with pytest.raises(UserError, match=r"draws\[0\] must be int \[2, 7\], got \(1, 7\)"):
+        distill.run(config, tmp_path / "c", *parents, draws={0: draws[0][:1], 1: draws[1]})
+
+
+def test_baselines_are_written_like_distilled_images(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    chosen = np.random.default_rng(0).integers(0, 256, (CLASSES, 2, 3, SIZE, SIZE), dtype=np.uint8)
+    asked: list = []
+
+    def select(*args: object) -> np.ndarray:
+        asked.append(args)
+        return chosen
+
+    with pytest.MonkeyPatch.context() as patched:
+        fake = types.SimpleNamespace(select=select)
+        patched.setitem(sys.modules, "fd2fast.baselines", fake)
+        patched.setattr(fd2fast, "baselines", fake, raising=False)
+        made = distill.run(settings(method="random", ipc=2), tmp_path / "a", room.dataset, [room.teacher])
+        with pytest.raises(UserError, match="'rded' starts from patches and none were given"):
+            distill.run(settings(method="rded", ipc=2), tmp_path / "b", room.dataset, [room.teacher])
+    assert asked[0][:3] == ("random", 2, room.dataset)
+    image = pixels_of(made.file("images/new003/class003_id001.png"))
+    assert np.array_equal(image.transpose(2, 0, 1), chosen[3, 1])
+    assert "grid.png" in made.manifest["files"]
+
+
+def test_what_does_not_fit_is_refused(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    def refused(
+        message: str, *, teachers: list | None = None, patches: Artifact | None = room.patches, **changes: object
+    ):
+        config = settings(**{"method": "sre2l++_fd2", **changes})
+        with pytest.raises(UserError, match=message):
+            distill.run(
+                config, tmp_path / "out", room.dataset, [room.teacher] if teachers is None else teachers, patches
+            )
+        assert not (tmp_path / "out").exists()
+
+    other_data = make_dataset(tmp_path / "data", CLASSES, SIZE, seed=9)
+    fewer = make_dataset(tmp_path / "fewer", CLASSES - 1, SIZE)
+    larger = make_dataset(tmp_path / "larger", CLASSES, 40)
+    refused("was made from another data set", teachers=[make_teacher(tmp_path / "t1", other_data)])
+    refused("classes 4 against 5 entries", teachers=[make_teacher(tmp_path / "t2", fewer)])
+    refused("image size 40 against 32", teachers=[make_teacher(tmp_path / "t3", larger)])
+    refused("holds a patches artifact; wanted a teacher", teachers=[room.patches])
+    refused("needs at least 1", teachers=[])
+    refused("takes 1 teacher, got 2", teachers=[room.teacher, room.other])
+    refused("'fadrm\\+_fd2' needs at least 2", method="fadrm+_fd2", iterations=(8,))
+    refused("starts from patches and none were given", patches=None)
+    refused("holds a teacher artifact; wanted patches", patches=room.teacher)
+    refused("holds 3 initial images of each class, IPC 4 needs 4", ipc=4)
+    refused("was made from another data set", patches=make_patches(tmp_path / "p", other_data))
+    refused("ipc must be at least 1", ipc=0)
+    refused("segment_size must be at most the 5 classes", segment_size=6)
+    refused("device 'gpu' is unknown", device="gpu")
+    no_accuracy = make_teacher(tmp_path / "t4", room.dataset, accuracy=float("nan"))
+    refused("has no accuracy", teachers=[room.teacher, no_accuracy], method="cvdd")
+    with pytest.raises(UserError, match="wanted a dataset"):
+        distill.run(settings(), tmp_path / "out", room.teacher, [room.teacher], room.patches)
+
+
+def test_a_damaged_prior_is_named(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    config = settings(method="sre2l++_fd2", ipc=2, segments_per_step=1, iterations=(2,))
+    original = distill._Work._save_images
+
+    def damage(self: distill._Work, segments: np.ndarray, images: torch.Tensor) -> None:
+        original(self, segments, images)
+        (self.stage.path / "images/new001/class001_id000.png").write_bytes(b"")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(distill._Work, "_save_images", damage)
+        with pytest.raises(UserError, match="class001_id000.png.*0 bytes"):
+            distill.run(config, tmp_path / "a", room.dataset, [room.teacher], room.patches)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+            "a step of 3 images does not fit the memory",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "lower segments_per_step",
+        ),
+    ],
+)
+def test_too_little_memory_says_what_to_change(
+    error: Exception, message: str, room: types.SimpleNamespace, tmp_path: Path
+) -> None:
+    def fail(self: GroupedStep, draws: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(GroupedStep, "iterate", fail)
+        config = settings(method="sre2l++", segments_per_step=1)
+        with pytest.raises(UserError, match=message):
+            distill.run(config, tmp_path / "a", room.dataset, [room.teacher], room.patches)
+
+
+def test_diverged_losses_stop_the_run(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    original = GroupedStep.iterate
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(GroupedStep, "iterate", lambda self, draws: original(self, draws) * float("nan"))
+        with pytest.raises(UserError, match="losses of segment 0 are not finite at iteration 0"):
+            distill.run(settings(method="sre2l++"), tmp_path / "a", room.dataset, [room.teacher], room.patches)
