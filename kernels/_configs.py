@@ -13,7 +13,7 @@ POOL_FWD = {
 }
 POOL_BWD = {
     "tf32": {"BC": 64, "BP": 64, "num_warps": 8, "num_stages": 2},
-    "ieee": {"BC": 32, "BP": 64, "num_warps": 8, "num_stages": 2},
+    "ieee": {"BC": 32, "BP": 32, "num_warps": 8, "num_stages": 2},
 }
 POOL_SCALE = {"BLOCK": 4096, "num_warps": 8}
 POOL_BWD_INNER = {"BLOCK": 8192, "num_warps": 8}

@@ -93,7 +93,7 @@ def pool_scale_fwd_kernel(
         tl.store(p_norm + n, norm)
     o = part * BLOCK + tl.arange(0, BLOCK)
     b_root = tl.load(p_z + n * L + o, mask=o < L, other=0)
-    tl.store(p_z + n * L + o, divide(b_root, tl.maximum(norm, 1e-12), ACC), mask=o < L)
+    tl.store(p_z + n * L + o, divide(b_root, tl.maximum(norm, tl.full([], 1e-12, ACC)), ACC), mask=o < L)
 
 
 @triton.jit
@@ -155,8 +155,9 @@ def pool_bwd_kernel(
     norm = tl.load(p_norm + n)
     inner = tl.sum(tl.load(p_inner + n * T + o_t, mask=o_t < T, other=0))
     # below the floor of the norm the scale is a constant and nothing is projected out
-    inner = tl.where(norm >= 1e-12, inner, 0.0)
-    norm = tl.maximum(norm, 1e-12)
+    floor = tl.full([], 1e-12, ACC)
+    inner = tl.where(norm >= floor, inner, 0.0)
+    norm = tl.maximum(norm, floor)
     scale = 0.5 / (norm * norm * P)
     p_a = p_attention + n * stride_an + o_m[:, None] * stride_am + o_p[None, :] * stride_ap
     b_a = tl.load(p_a, mask=m_m & m_p[None, :], other=0).to(ACC)  # [BM, BP]
@@ -324,16 +325,22 @@ def bilinear_attention_pool_bwd(
 
 
 def compilations() -> Iterator[Compilation]:
-    """The kernels at the pipeline's types and sizes: 7x7 maps, 8 to 64 of them, channels_last, and NCHW in float32."""
+    """The pipeline's types and sizes: 7x7 maps, 8 to 64 of them, channels_last; NCHW in float32; maps of 4x4 pixels."""
     strides = {f"stride_{t}{s}": "i32" for t, s in ("fn", "fc", "fp", "an", "am", "ap")}
     sizes = {"C": "i32", "M": "i32", "P": "i32"}
     fp32 = {"ACC": tl.float32}
-    for kind, precision in (("*bf16", "tf32"), ("*fp16", "tf32"), ("*fp32", "ieee")):
-        unit = {"stride_fc": 1, "stride_am": 1} if precision == "tf32" else {"stride_fp": 1, "stride_ap": 1}
+    last, first = {"stride_fc": 1, "stride_am": 1}, {"stride_fp": 1, "stride_ap": 1}
+    for kind, precision, unit, pixels, numbers in (
+        ("*bf16", "tf32", last, 49, (8, 32, 64)),
+        ("*fp16", "tf32", last, 49, (32,)),
+        ("*bf16", "tf32", first, 16, (64,)),
+        ("*fp32", "ieee", last, 49, (8, 32, 64)),
+        ("*fp32", "ieee", first, 49, (32, 64)),
+    ):
         products = fp32 | {"PRECISION": precision} | unit
         inputs = {"p_features": kind, "p_attention": kind} | sizes | strides
-        for maps in (8, 32, 64):
-            constants, options = split_options(_tiles(POOL_FWD[precision], maps, 49))
+        for maps in numbers:
+            constants, options = split_options(_tiles(POOL_FWD[precision], maps, pixels))
             yield Compilation(
                 pool_root_fwd_kernel,
                 inputs | {"p_root": "*fp32", "p_square": "*fp32"},
@@ -341,7 +348,7 @@ def compilations() -> Iterator[Compilation]:
                 divisible=("C", "stride_fn", "stride_fp"),
                 **options,
             )
-            constants, options = split_options(_tiles(POOL_BWD[precision], maps, 49))
+            constants, options = split_options(_tiles(POOL_BWD[precision], maps, pixels))
             yield Compilation(
                 pool_bwd_kernel,
                 inputs
@@ -351,6 +358,7 @@ def compilations() -> Iterator[Compilation]:
                 divisible=("C", "stride_fn", "stride_fp"),
                 **options,
             )
+    for kind in ("*bf16", "*fp32"):
         constants, options = split_options(POOL_BWD_SUM)
         yield Compilation(
             pool_sum_bwd_kernel,
