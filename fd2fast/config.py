@@ -213,9 +213,11 @@ class DistillConfig:
 class RelabelConfig:
     """Soft labels for every augmented view a student will see (FKD)."""
 
+    # Images per class: the first ids of the distilled set; None: all of them.
+    ipc: int | None = None
     # Epochs of labels; the student trains as many.
     epochs: int = 300
-    # Images of one batch; None: 20, or fewer for a smaller set (batch-specific labels depend on it).
+    # Images of one batch (batch-specific labels depend on it); None: 20 or all of fewer, or the next even divisor of the set.
     batch_size: int | None = None
     # batch: teacher in train mode on half batches ("batch-specific soft labels"). eval: teacher in eval mode.
     teacher_mode: Literal["batch", "eval"] = "batch"
@@ -245,7 +247,23 @@ class EvaluateConfig:
     model: str = "ResNet18"
     # soft: the stored labels (KL divergence). hard: the class (cross entropy), as for the selection baselines.
     labels: Literal["soft", "hard"] = "soft"
-    # One student per seed.
+    # Images per class: the first ids of the distilled set; None: as many as were labelled, or all.
+    ipc: int | None = None
+    # Epochs; None: as many as were labelled, or 300 for hard labels.
+    epochs: int | None = None
+    # Hard labels without a label store: images of one batch, as in RelabelConfig.
+    batch_size: int | None = None
+    # Hard labels without a label store: smallest area share of the per-image crop.
+    min_crop: float = 0.08
+    # Hard labels without a label store: mix pairs of images, cutmix or none; the classes are mixed by area.
+    mix: Literal["cutmix", "none"] = "cutmix"
+    # Hard labels without a label store: Beta(a, a) of the mixing share.
+    mix_alpha: float = 1.0
+    # Hard labels without a label store: probability of a horizontal flip.
+    flip: float = 0.5
+    # Hard labels without a label store: seed of order, crops and mixing.
+    seed: int = 42
+    # One student per seed of initialisation.
     seeds: tuple[int, ...] = (0, 1, 2)
     # Temperature of the KL divergence.
     temperature: float = 20.0
