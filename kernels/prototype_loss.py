@@ -172,7 +172,8 @@ def prototype_loss_fwd(
 
     Predicted on an H200, from the instructions of the compiled loop (2 of 2.4 are the subtraction and the fused
     multiply-add; 33.5 T lanes/s) at N 100, K 200: D 4096 10 us, 16384 41 us, 65536 160 us, and 3 us for the second;
-    traffic (N K D 4 bytes / 16, mostly L2) stays below that. Compute bound: the differences cannot use tensor cores.
+    traffic (N K D 4 bytes / 16, mostly L2) stays below that. Compute bound: differences cannot use tensor
+    cores, so that forward and backward together pass 0.1 ms above D of about 16384 (0.35 ms at 65536).
     """
     n, d = z.shape
     k = prototypes.shape[0]
