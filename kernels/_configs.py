@@ -45,3 +45,8 @@ def bn_tile(channels: int, last: bool) -> tuple[int, int, int]:
     while bc < 64 and bc < channels:
         bc *= 2
     return 2048 // bc, bc, 4
+
+
+# columns of one image row that a program of crop_flip_roll takes, and its warps
+CROP_COLUMNS = 256
+CROP_WARPS = 4

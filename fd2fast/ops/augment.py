@@ -1,15 +1,61 @@
 """The operation crop_flip_roll: shared crop, resize, flip and roll of each segment."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fd2fast import reference
 from fd2fast.ops import _checks, _dispatch
-from fd2fast.reference._offsets import Offsets
+from fd2fast.reference._offsets import Offsets, device_offsets
 
-_dispatch.register("crop_flip_roll")
+_dispatch.register("crop_flip_roll", "fd2fast.kernels.augment")
+
+
+def _new(like: Tensor, height: int, width: int, last: bool) -> Tensor:
+    layout = torch.channels_last if last else torch.contiguous_format
+    shape = (*like.shape[:2], height, width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def _is_last(images: Tensor) -> bool:
+    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+
+
+@torch.library.custom_op("fd2fast::crop_flip_roll", mutates_args=())
+def _crop(images: Tensor, params: Tensor, segments: Tensor, size: int) -> Tensor:
+    out = _new(images, size, size, _is_last(images))
+    return _dispatch.kernels("crop_flip_roll").crop_fwd(images, params, segments, out)
+
+
+@_crop.register_fake
+def _(images, params, segments, size):
+    return _new(images, size, size, _is_last(images))
+
+
+@torch.library.custom_op("fd2fast::crop_flip_roll_adjoint", mutates_args=())
+def _adjoint(grad: Tensor, params: Tensor, segments: Tensor, height: int, width: int, last: bool) -> Tensor:
+    out = _new(grad, height, width, last)
+    return _dispatch.kernels("crop_flip_roll").crop_bwd(grad, params, segments, out)
+
+
+@_adjoint.register_fake
+def _(grad, params, segments, height, width, last):
+    return _new(grad, height, width, last)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    images, params, segments, _ = inputs
+    ctx.save_for_backward(params, segments)
+    ctx.size, ctx.last = images.shape[2:], _is_last(images)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple:
+    return _adjoint(grad, *ctx.saved_tensors, *ctx.size, ctx.last), None, None, None
+
+
+_crop.register_autograd(_gradient, setup_context=_save)
 
 
 def crop_flip_roll(
@@ -41,7 +87,9 @@ def crop_flip_roll(
         raise ValueError(f"params must be int32 or int64, got {params.dtype}")
     if count and _checks.reads_values(params):
         _check_crops(params, images.shape[2], images.shape[3])
-    _dispatch.choose("crop_flip_roll", (images,), backend)
+    if _dispatch.choose("crop_flip_roll", (images,), backend) == "triton":
+        params = params.to(images.device, non_blocking=True).contiguous()
+        return _crop(images, params, device_offsets(segments, images.device), size)
     with torch.autocast(images.device.type, enabled=False):
         return reference.crop_flip_roll(images, params, segments, size)
 
