@@ -1,0 +1,210 @@
+"""Students: formulas, replayed labels, honest accuracy, resume after a kill, refusals."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from distill_tools import make_dataset, make_teacher
+
+from fd2fast.artifacts import load, open_stage
+from fd2fast.config import DistillConfig, EvaluateConfig, RelabelConfig, replace
+from fd2fast.data.pixels import save_image
+from fd2fast.data.store import load_split
+from fd2fast.errors import UserError
+from fd2fast.models.backbone import build_backbone
+from fd2fast.stages import evaluate, relabel
+
+CONFIG = EvaluateConfig(model="timm:test_resnet", seeds=(0, 1), eval_every=2)
+
+
+def make_images(path, dataset, ipc=2, seed=0):
+    stage = open_stage(path, "images", DistillConfig(ipc=ipc, seed=seed), {"dataset": dataset})
+    train = load_split(dataset, "train")
+    for label in range(len(dataset.classes)):
+        for i, row in enumerate(train.of_class(label)[:ipc]):
+            save_image(
+                path / f"images/new{label:03d}/class{label:03d}_id{i:03d}.png",
+                torch.from_numpy(train.images[row].copy()),
+            )
+    facts = {"method": "random", "ipc": ipc}
+    return stage.finish(classes=dataset.classes, size=dataset.size, mean=dataset.mean, std=dataset.std, facts=facts)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    dataset = make_dataset(folder / "dataset")
+    images = make_images(folder / "images", dataset)
+    teacher = make_teacher(folder / "teacher", dataset)
+    labels = relabel.run(RelabelConfig(epochs=3), folder / "labels", images, [teacher])
+    return folder, dataset, images, teacher, labels
+
+
+def test_soft_loss_is_the_divergence_by_hand():
+    scores, labels = torch.tensor([[0.0, math.log(3) * 2]]), torch.tensor([[0.0, 0.0]])
+    # T 2: teacher (1/2, 1/2), student (1/4, 3/4): sum t log(t/s) = (log 2 + log 2/3) / 2
+    assert evaluate.soft_loss(scores, labels, 2.0).item() == pytest.approx(
+        0.5 * (math.log(2) + math.log(2 / 3)), rel=1e-5
+    )
+    double = evaluate.soft_loss(scores.repeat(2, 1), labels.repeat(2, 1), 2.0)
+    assert double.item() == pytest.approx(evaluate.soft_loss(scores, labels, 2.0).item())
+
+
+def test_learning_rate_ends_where_eta_says():
+    assert evaluate.learning_rate(0.1, 0, 400, 2) == pytest.approx(0.1)
+    assert evaluate.learning_rate(0.1, 400, 400, 2) == pytest.approx(0.05)
+    assert evaluate.learning_rate(0.1, 400, 400, 1) == pytest.approx(0.0)
+    assert evaluate.learning_rate(0.1, 100, 400, 1) == pytest.approx(0.1 * (1 + math.sqrt(0.5)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("count", "usual", "accumulation", "expected"),
+    [
+        (20, 20, 2, [(0, 10), (10, 20)]),
+        (14, 14, 2, [(0, 7), (7, 14)]),
+        (21, 20, 2, [(0, 10), (10, 21)]),
+        (7, 20, 2, [(0, 7)]),
+        (13, 20, 2, [(0, 10), (10, 13)]),
+        (3, 3, 1, [(0, 3)]),
+        (2, 2, 5, [(0, 1), (1, 2)]),
+    ],
+)
+def test_parts_follow_the_released_loop(count, usual, accumulation, expected):
+    assert evaluate.parts(count, usual, accumulation) == expected
+
+
+def test_accuracy_is_that_of_the_saved_student_on_the_whole_test_set(made, tmp_path):
+    _, dataset, images, _, labels = made
+    metrics = evaluate.run(replace(CONFIG, test_batch=7), tmp_path / "m", dataset, images, labels)
+    from safetensors.torch import load_file
+
+    test = load_split(dataset, "test")
+    for seed, expected in zip(metrics.facts["seeds"], metrics.facts["last"], strict=True):
+        student = build_backbone("timm:test_resnet", len(dataset.classes))
+        student.load_state_dict(load_file(metrics.file(f"students/{seed}.safetensors")))
+        with torch.no_grad():
+            said = student.eval()(test.tensor(range(len(test)))).argmax(1).numpy()
+        assert 100 * np.mean(said == test.labels) == pytest.approx(expected, abs=1e-3)
+    last = metrics.facts["last"]
+    assert metrics.facts["last_mean"] == pytest.approx(sum(last) / 2, abs=1e-3)
+    assert metrics.facts["last_std"] == pytest.approx(abs(last[0] - last[1]) / math.sqrt(2), abs=1e-3)
+    assert metrics.facts["epochs"] == 3
+    assert metrics.facts["ipc"] == 2
+
+
+def test_students_learn_what_the_labels_say(made, tmp_path):
+    """A student trained on its own test images as classes fits them, so lessons and labels belong together."""
+    folder, dataset, *_ = made
+    images = make_images(tmp_path / "images", dataset, ipc=4)
+    config = EvaluateConfig(
+        model="timm:test_resnet",
+        labels="hard",
+        seeds=(0,),
+        epochs=25,
+        mix="none",
+        min_crop=0.9,
+        flip=0.0,
+        lr=3e-3,
+        eta=1.0,
+    )
+    metrics = evaluate.run(config, tmp_path / "m", dataset, images)
+    import json
+
+    losses = json.loads(metrics.file("metrics.json").read_text())["0"]["losses"]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_hard_labels_need_no_store_and_soft_do(made, tmp_path):
+    _, dataset, images, *_ = made
+    with pytest.raises(UserError, match="no labels artifact was given"):
+        evaluate.run(CONFIG, tmp_path / "s", dataset, images)
+    hard = evaluate.run(replace(CONFIG, labels="hard", epochs=1, seeds=(0,)), tmp_path / "h", dataset, images)
+    assert hard.facts["labels"] == "hard"
+    assert hard.facts["last_std"] is None
+
+
+def test_equal_seeds_give_equal_students_and_others_differ(made, tmp_path):
+    _, dataset, images, _, labels = made
+    one = evaluate.run(CONFIG, tmp_path / "1", dataset, images, labels)
+    two = evaluate.run(CONFIG, tmp_path / "2", dataset, images, labels)
+    assert one.id == two.id
+    files = one.manifest["files"]
+    assert files["students/0.safetensors"] != files["students/1.safetensors"]
+
+
+KILLED = """
+import os, signal, sys
+from fd2fast import artifacts
+from fd2fast.config import EvaluateConfig
+from fd2fast.stages import evaluate
+evaluate.SAVE_SECONDS = 0.0
+folder, out, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+count = 0
+original = artifacts.Stage.checkpoint
+def checkpoint(self, name, value):
+    global count
+    original(self, name, value)
+    count += 1
+    if count == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+artifacts.Stage.checkpoint = checkpoint
+load = artifacts.load
+config = EvaluateConfig(model="timm:test_resnet", seeds=(0, 1), eval_every=2)
+evaluate.run(config, out, load(folder + "/dataset"), load(folder + "/images"), load(folder + "/labels"))
+"""
+
+
+def test_killed_and_resumed_equals_unbroken(made, tmp_path):
+    folder, dataset, images, _, labels = made
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "FD2FAST_PROGRESS": "0"}
+
+    def go(at):
+        command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "killed"), str(at)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    # the second save of the first student, then the first save of the second one
+    for at in (2, 2):
+        done = go(at)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    done = go(1000)
+    assert done.returncode == 0, done.stderr
+    unbroken = evaluate.run(CONFIG, tmp_path / "unbroken", dataset, images, labels)
+    assert load(tmp_path / "killed").manifest["files"] == unbroken.manifest["files"]
+    assert load(tmp_path / "killed").id == unbroken.id
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": ()}, "seeds must be at least one seed"),
+        ({"seeds": (1, 1)}, "seeds must be all different"),
+        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
+        ({"epochs": 9}, "holds labels of 3 epochs, but 9 were asked for"),
+        ({"ipc": 1}, "labels 2 images per class, but 1 were asked for"),
+        ({"model": "ResNet19"}, "ResNet19"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(made, tmp_path, changes, message):
+    _, dataset, images, _, labels = made
+    with pytest.raises(UserError, match=message):
+        evaluate.run(replace(CONFIG, **changes), tmp_path / "m", dataset, images, labels)
+    assert not (tmp_path / "m").exists()
+
+
+def test_labels_of_other_images_are_refused(made, tmp_path):
+    _, dataset, _, _, labels = made
+    other = make_images(tmp_path / "other", dataset, ipc=1)
+    with pytest.raises(UserError, match="labels other images"):
+        evaluate.run(CONFIG, tmp_path / "m", dataset, other, labels)
+
+
+def test_images_of_another_set_are_refused(made, tmp_path):
+    _, _, images, _, labels = made
+    other = make_dataset(tmp_path / "d6", classes=6)
+    with pytest.raises(UserError, match="5 against 6 entries|6 against 5 entries"):
+        evaluate.run(CONFIG, tmp_path / "m", other, images, labels)
