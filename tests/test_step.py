@@ -67,10 +67,10 @@ def optimise(config: DistillConfig, teachers: list, plan, segments: list[int]) -
     ("method", "changes"),
     [
         ("sre2l++_fd2", {"iterations": (30,)}),
-        ("sre2l++", {"iterations": (30,)}),
+        ("sre2l++", {"iterations": (10,)}),
         ("fadrm+_fd2", {"iterations": (12, 18), "sizes": (24, 32)}),
-        ("cvdd_fd2", {"iterations": (30,)}),
-        ("fadrm+_fd2", {"iterations": (14, 16), "sizes": (24, 32), "teachers_per_image": 2}),
+        ("cvdd_fd2", {"iterations": (12,)}),
+        ("fadrm+_fd2", {"iterations": (6, 7), "sizes": (24, 32), "teachers_per_image": 2}),
     ],
 )
 def test_grouped_is_alone(method: str, changes: dict) -> None:

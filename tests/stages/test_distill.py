@@ -187,16 +187,23 @@ def test_what_is_written(room: types.SimpleNamespace, tmp_path: Path) -> None:
 
 
 def test_smaller_sets_are_prefixes(room: types.SimpleNamespace, tmp_path: Path) -> None:
-    """IPC 1 is the first id of IPC 3, for patches, real images, noise and the released random patches."""
-    for changes in ({}, {"init": "real"}, {"init": "noise"}, {"semantics": "released", "lr": 0.1}):
+    """Ids of a smaller set are those of the larger, for patches, real images, noise and the released random patches."""
+    for changes, small, large in (
+        ({}, 2, 3),
+        ({"init": "real"}, 1, 2),
+        ({"init": "noise"}, 1, 2),
+        ({"semantics": "released", "lr": 0.1}, 2, 3),
+    ):
         made = {}
-        for ipc in (2, 3):
-            config = settings(method="sre2l++_fd2", ipc=ipc, segments_per_step=1, iterations=(3,), **changes)
+        for ipc in (small, large):
+            config = settings(method="sre2l++_fd2", ipc=ipc, segments_per_step=1, iterations=(2,), **changes)
             name = "-".join(map(str, changes.values()))
-            made[ipc] = distill.run(config, tmp_path / f"{ipc}{name}", room.dataset, [room.teacher], room.patches)
-        small = {k: v for k, v in files_of(made[2]).items() if k.startswith("images/")}
-        assert len(small) == 10
-        assert {k: files_of(made[3])[k] for k in small} == small
+            made[ipc] = files_of(
+                distill.run(config, tmp_path / f"{ipc}{name}", room.dataset, [room.teacher], room.patches)
+            )
+        images = {k: v for k, v in made[small].items() if k.startswith("images/")}
+        assert len(images) == CLASSES * small
+        assert {k: made[large][k] for k in images} == images
 
 
 def test_initial_images_differ_between_ids(room: types.SimpleNamespace, tmp_path: Path) -> None:
