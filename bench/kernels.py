@@ -98,7 +98,9 @@ def measure(
         given = [t.detach().requires_grad_() if i in problem.grads else t for i, t in enumerate(problem.inputs)]
         leaves = [given[i] for i in problem.grads]
         fixed = [t.detach() for t in given]
-        gradient = torch.randn_like(operation(*fixed, backend=backend))
+        outputs = operation(*fixed, backend=backend)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        gradient = [torch.randn_like(o) for o in outputs]
 
         def forward(operation=operation, fixed=fixed, backend=backend):
             return operation(*fixed, backend=backend)
@@ -107,8 +109,9 @@ def measure(
             return torch.autograd.grad(operation(*given, backend=backend), leaves, gradient)
 
         low, middle, high = quantiles(forward, device, calls)
-        low_both, middle_both, high_both = quantiles(both, device, calls)
-        backward = max(middle_both - middle, 1e-9)
+        whole = both if leaves else forward
+        low_both, middle_both, high_both = quantiles(whole, device, calls)
+        backward = max(middle_both - middle, 1e-9) if leaves else float("nan")
         rows.append(
             {
                 "implementation": way,
@@ -119,7 +122,7 @@ def measure(
                 "backward ms": round(backward, 4),
                 "forward of copy": round(problem.forward_bytes / (middle * 1e-3) / COPY_RATE, 3),
                 "backward of copy": round(problem.backward_bytes / (backward * 1e-3) / COPY_RATE, 3),
-                "peak MB": round(peak(both, device), 1),
+                "peak MB": round(peak(whole, device), 1),
             }
         )
     return rows

@@ -82,9 +82,87 @@ def _similarity(device: torch.device, n: int, m: int, size: int, priors: int) ->
     )
 
 
+def _maps(device: torch.device, n: int, c: int, size: int) -> tuple[Tensor, list[Tensor]]:
+    """A layer's bf16 input in channels_last, and weight, bias, running mean and variance in fp32."""
+    x = torch.randn(n, c, size, size, device=device, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    channels = [torch.randn(c, device=device) for _ in range(3)] + [torch.rand(c, device=device) + 0.5]
+    return x, channels
+
+
+def _even_segments(n: int, segments: int) -> list[int]:
+    return [n * s // segments for s in range(segments + 1)]
+
+
+def _matching(device: torch.device, n: int, c: int, size: int, segments: int) -> Problem:
+    x, (_, _, mean, var) = _maps(device, n, c, size)
+    bounds = _even_segments(n, segments)
+
+    def call(x: Tensor, backend: str) -> Tensor:
+        return ops.bn_matching(x, mean.to(_wide(x)), var.to(_wide(x)), bounds, backend=backend)
+
+    return Problem(call, (x,), (0,), torch.bfloat16, _bytes(x), 2 * _bytes(x))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fused(device: torch.device, n: int, c: int, size: int, segments: int, residual: int) -> Problem:
+    x, channels = _maps(device, n, c, size)
+    bounds = _even_segments(n, segments)
+    inputs = (x, torch.randn_like(x)) if residual else (x,)
+
+    def call(x: Tensor, residual: Tensor | None = None, *, backend: str) -> tuple[Tensor, Tensor]:
+        return ops.bn_act_matching(x, *(c.to(_wide(x)) for c in channels), bounds, residual=residual, backend=backend)
+
+    # forward: x (and residual) in, y out; backward: x and the gradient (and an eighth of a byte) in, gradients out
+    moved = _bytes(*inputs)
+    return Problem(
+        call,
+        inputs,
+        tuple(range(len(inputs))),
+        torch.bfloat16,
+        moved + _bytes(x),
+        moved + 2 * _bytes(x) if not residual else 4 * _bytes(x) + x.numel() // 8,
+    )
+
+
+def _crop(device: torch.device, n: int, size: int, out: int, segments: int) -> Problem:
+    images = torch.randn(n, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    bounds = _even_segments(n, segments)
+    side = max(1, size * 2 // 3)
+    rows = [[s % (size - side + 1), 0, side, max(1, size // 2), s % 2, 5, 9] for s in range(segments)]
+    params = torch.tensor(rows, device=device)
+
+    def call(images: Tensor, backend: str) -> Tensor:
+        return ops.crop_flip_roll(images, params, bounds, out, backend=backend)
+
+    crop = 4 * 3 * n * side * max(1, size // 2)
+    grad = 4 * 3 * n * out * out
+    return Problem(call, (images,), (0,), torch.float32, crop + grad, grad + _bytes(images))
+
+
+def _adam(device: torch.device, n: int, size: int) -> Problem:
+    state = [torch.randn(n, 3, size, size, device=device).to(memory_format=torch.channels_last) for _ in range(4)]
+    state[3] = state[3].square()
+    low, high = torch.tensor([-2.1, -2.0, -1.8], device=device), torch.tensor([2.2, 2.4, 2.6], device=device)
+
+    def call(image: Tensor, grad: Tensor, m: Tensor, v: Tensor, *, backend: str) -> tuple[Tensor, ...]:
+        settings = {"lr": 0.25, "betas": (0.5, 0.9), "eps": 1e-8, "low": low, "high": high}
+        ops.adam_clamp_(image, grad, m, v, 3, **settings, backend=backend)
+        return image, m, v
+
+    moved = _bytes(*state) + 3 * _bytes(state[0])
+    return Problem(call, tuple(state), (), torch.float32, moved, 0)
+
+
 # operation -> its problem at the sizes of bench/shapes.py
 REGISTRY: dict[str, Callable[..., Problem]] = {
     "bilinear_attention_pool": _pool,
     "prototype_loss": _prototypes,
     "attention_similarity_loss": _similarity,
+    "bn_matching": _matching,
+    "bn_act_matching": _fused,
+    "crop_flip_roll": _crop,
+    "adam_clamp_": _adam,
 }

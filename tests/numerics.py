@@ -1,6 +1,7 @@
 """The two gates that a kernel's outputs and gradients pass against the float64 reference and plain torch."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,27 +58,30 @@ def check_gradient(
 
 
 def check_kernel(
-    operation: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: torch.dtype, *, grads: Sequence[int] = (0,)
-) -> tuple[Tensor, list[Tensor]]:
+    operation: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype, *, grads: Sequence[int] = (0,)
+) -> tuple[Any, list[Tensor]]:
     """Assert both gates for the Triton backend's output and its gradients to inputs[i], i in grads.
 
-    operation(*inputs, backend=...): the operation with everything else bound; dtype: the type that sets the
-    tolerances. The gradient of the output is random. Returns the kernel's output and gradients.
+    operation(*inputs, backend=...): the operation with everything else bound, giving a tensor or a tuple of them; dtype:
+    the type that sets the tolerances. The gradients of the outputs are random. Returns the kernel's output and gradients.
     """
-    grad_output = None
+    grad_outputs: list[Tensor] = []
     results = []
     for backend, double in (("reference", True), ("reference", False), ("triton", False)):
-        given = [t.double() if double and t.is_floating_point() else t for t in inputs]
-        given = [t.detach().requires_grad_() if i in grads else t for i, t in enumerate(given)]
+        # copies: an operation in place must find the same start each time
+        given = [(t.double() if double and t.is_floating_point() else t).detach().clone() for t in inputs]
+        given = [t.requires_grad_() if i in grads else t for i, t in enumerate(given)]
         output = operation(*given, backend=backend)
-        if grad_output is None:
-            grad_output = torch.randn_like(output)
-        found = torch.autograd.grad(output, [given[i] for i in grads], grad_output.to(output.dtype))
-        results.append((output.detach(), found))
-    (expected, expected_grads), (plain, plain_grads), (actual, actual_grads) = results
-    assert actual.dtype == plain.dtype, f"output is {actual.dtype}, wanted {plain.dtype}"
-    check_output(actual, expected, plain, dtype)
+        outputs = output if isinstance(output, tuple) else (output,)
+        grad_outputs = grad_outputs or [torch.randn_like(o) for o in outputs]
+        matching = [g.to(o.dtype) for g, o in zip(grad_outputs, outputs, strict=True)]
+        found = torch.autograd.grad(outputs, [given[i] for i in grads], matching) if grads else ()
+        results.append((output, [o.detach() for o in outputs], found))
+    (_, expected, expected_grads), (_, plain, plain_grads), (output, actual, actual_grads) = results
+    for a, e, p in zip(actual, expected, plain, strict=True):
+        assert a.dtype == p.dtype, f"output is {a.dtype}, wanted {p.dtype}"
+        check_output(a, e, p, dtype)
     for i, a, e, p in zip(grads, actual_grads, expected_grads, plain_grads, strict=True):
         assert a.dtype == inputs[i].dtype, f"gradient {i} is {a.dtype}, wanted {inputs[i].dtype}"
         check_gradient(a, e, p, dtype, name=f"gradient to input {i}")
-    return actual, list(actual_grads)
+    return (tuple(actual) if isinstance(output, tuple) else actual[0]), list(actual_grads)
