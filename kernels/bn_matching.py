@@ -272,7 +272,8 @@ def bn_bwd_kernel(
     o_s = (tl.program_id(0) // parts).to(tl.int64)
     o_p = tl.program_id(0) % parts
     first, count = segment_part(p_segments, o_s, o_p, parts, pixels, BR)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    c0 = tl.program_id(1) * BC
+    o_c = c0 + tl.arange(0, BC)
     m_c = o_c < channels
     if NORMALISE:
         b_mean = tl.load(p_mean + o_c, mask=m_c, other=0).to(ACC)  # [BC]
@@ -310,11 +311,12 @@ def bn_bwd_kernel(
                     b_open = tl.load(p_mask + offsets, mask=m, other=0) != 0
                 elif MASK == _BITS:
                     bytes_per_row = channels // 8
-                    o_mask = (first + r) * bytes_per_row + (
-                        tl.arange(0, BR)[:, None] * bytes_per_row + (o_c // 8)[None, :]
-                    )
-                    b_byte = tl.load(p_mask + o_mask, mask=m, other=0).to(tl.int32)
-                    b_open = ((b_byte >> (o_c % 8)[None, :]) & 1) != 0
+                    o_byte = c0 // 8 + tl.arange(0, BC // 8)
+                    o_mask = (first + r) * bytes_per_row + tl.arange(0, BR)[:, None] * bytes_per_row + o_byte[None, :]
+                    m_byte = m_r[:, None] & (o_byte < bytes_per_row)[None, :]
+                    b_byte = tl.load(p_mask + o_mask, mask=m_byte, other=0).to(tl.int32)  # [BR, BC / 8]
+                    b_bits = (b_byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+                    b_open = tl.reshape(b_bits, [BR, BC]) != 0
                 else:
                     b_y = b_d * b_scale[None, :] + b_bias[None, :]
                     b_open = b_y > 0
