@@ -87,7 +87,9 @@ def run(
         _select(config, stage, dataset, needed, device)
     else:
         work = _Work(config, stage, dataset, list(teachers), needed.get("patches"), device, draws, prior_draws)
-        iterations = work.run()
+        # equal bytes after a restart need equal algorithms; TF32 convolutions as in the reference
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+            iterations = work.run()
     return stage.finish(
         classes=dataset.classes,
         size=dataset.size,
