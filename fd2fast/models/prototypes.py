@@ -30,7 +30,9 @@ class Prototypes:
             return F.normalize(self.last[labels], dim=1, eps=1e-12)
         first = _same(labels).int().argmax(1)
         known = self.seen[labels][:, None]
-        return torch.where(known, F.normalize(self.ema[labels], dim=1, eps=1e-12), F.normalize(z[first], dim=1, eps=1e-12))
+        return torch.where(
+            known, F.normalize(self.ema[labels], dim=1, eps=1e-12), F.normalize(z[first], dim=1, eps=1e-12)
+        )
 
     @torch.no_grad()
     def update(self, z: Tensor, labels: Tensor) -> None:

@@ -165,7 +165,11 @@ def _check(config: PretrainConfig) -> None:
         ("flip", 0 <= config.flip <= 1, "in [0, 1]"),
         ("rotation", 0 <= config.rotation <= 180, "in [0, 180]"),
         ("min_crop", 0 < config.min_crop <= 1, "in (0, 1]"),
-        ("color_jitter", all(v >= 0 for v in config.color_jitter) and config.color_jitter[3] <= 0.5, "0 or more, hue <= 0.5"),
+        (
+            "color_jitter",
+            all(v >= 0 for v in config.color_jitter) and config.color_jitter[3] <= 0.5,
+            "0 or more, hue <= 0.5",
+        ),
     ]
     for name, good, wanted in ranges:
         if not good:
@@ -206,7 +210,7 @@ class _Trainer:
         if not self.head_trained:
             self.notices.append("alpha is 0: the CAL head and the prototypes are as initialised")
         self.teacher = Teacher(backbone, config.attention_maps, alpha=config.alpha, size=train.size)
-        self.teacher.to(device=device, memory_format=torch.channels_last)
+        self.teacher.to(device).to(memory_format=torch.channels_last)
         seen = torch.zeros(len(train.classes), dtype=torch.bool, device=device)
         self.prototypes = Prototypes(self.teacher.prototypes_ema, self.teacher.prototypes_last, seen, config.mu)
         trained: list[torch.nn.Module] = [backbone, self.teacher.head] if self.head_trained else [backbone]
@@ -265,7 +269,7 @@ class _Trainer:
                 names = [n for n in LOSSES if self._applies(n)]
                 shown = {"epoch": f"{epoch + 1}/{config.epochs}", **{n: now[LOSSES.index(n)] for n in names}}
                 shown |= self._accuracies()
-            bar.step(**shown)
+            bar.step(1, **shown)
         means = (sums / len(order)).tolist()
         self._must_be_finite(means[0], lr)
         self.epoch += 1
@@ -339,7 +343,9 @@ class _Trainer:
         self.prototypes.update(raw.z, labels)
         effect, effect_labels = raw.effect_logits, labels
         if config.attention_views:
-            draws = torch.rand(len(x), 4, generator=seeding.generator(config.seed, "pretrain", "attention", epoch, step))
+            draws = torch.rand(
+                len(x), 4, generator=seeding.generator(config.seed, "pretrain", "attention", epoch, step)
+            )
             boxes, kept = crop_and_drop(raw.attention.detach(), draws, (x.shape[2], x.shape[3]))
             views = torch.cat([crop_resize(x, boxes), x * kept]).contiguous(memory_format=torch.channels_last)
             with autocast(self.device, config.precision):
@@ -393,7 +399,9 @@ class _Trainer:
         x = self.test.tensor(chosen, device=self.device)
         attention = self.teacher(x.contiguous(memory_format=torch.channels_last)).attention.mean(1, keepdim=True)
         self.teacher.train()
-        large = F.interpolate(attention.float(), size=x.shape[2:], mode="bilinear", align_corners=False)[:, 0].cpu().numpy()
+        large = (
+            F.interpolate(attention.float(), size=x.shape[2:], mode="bilinear", align_corners=False)[:, 0].cpu().numpy()
+        )
         pixels = self.test.unit(chosen).permute(0, 2, 3, 1).numpy()
         figure = Figure(figsize=(1.5 * len(chosen), 3.4), dpi=100)
         for column, index in enumerate(chosen.tolist()):
@@ -431,9 +439,15 @@ def _curves(history: list[dict[str, float | int]], name: str) -> bytes:
     for loss in LOSSES:
         if loss in history[0]:
             losses.plot([r["epoch"] for r in history], [r[loss] for r in history], label=loss)
-    for key, label in (("train_accuracy", "train, backbone"), ("backbone_accuracy", "test, backbone"), ("cal_accuracy", "test, CAL")):
+    for key, label in (
+        ("train_accuracy", "train, backbone"),
+        ("backbone_accuracy", "test, backbone"),
+        ("cal_accuracy", "test, CAL"),
+    ):
         rows = [r for r in history if key in r]
-        accuracies.plot([r["epoch"] for r in rows], [r[key] for r in rows], label=label, marker="." if len(rows) < 30 else "")
+        accuracies.plot(
+            [r["epoch"] for r in rows], [r[key] for r in rows], label=label, marker="." if len(rows) < 30 else ""
+        )
     for axes, title in ((losses, f"{name}: losses"), (accuracies, "accuracy, %")):
         axes.set_title(title, fontsize=9, parse_math=False)
         axes.set_xlabel("epoch")
