@@ -1,0 +1,182 @@
+"""Cut random crops out of the real images and keep those the teacher finds easiest: the initial images (RDED)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fd2fast import ops, seeding
+from fd2fast.artifacts import Artifact, Stage, open_stage
+from fd2fast.config import PatchesConfig
+from fd2fast.data.augment import crop_boxes
+from fd2fast.data.pixels import grid, normalise, read_image, save_image
+from fd2fast.data.store import ImageSet, load_split
+from fd2fast.device import pick_device
+from fd2fast.errors import UserError
+from fd2fast.models.teacher import Teacher, load_teacher
+from fd2fast.progress import Progress
+
+_STATE = "classes.pt"
+_PIXELS_PER_PASS = 1 << 22  # of one colour channel: bounds the memory of a scoring pass
+_PREVIEW = 16  # classes shown
+
+
+class Ranked(NamedTuple):
+    """The best crop of each image, easiest image first."""
+
+    crops: Tensor  # [n, 3, t, t] in [0, 1]
+    scores: Tensor  # [n], cross entropy of the teacher, ascending
+    sources: Tensor  # int64 [n], position of the image among those searched
+
+
+def run(
+    config: PatchesConfig, out: Path | str, dataset: Artifact, teacher: Artifact, *, overwrite: bool = False
+) -> Artifact:
+    """Make `per_class` initial images of each class from the training images of `dataset`.
+
+    Of each of the first `pool` images of a class, `crops` random resized crops (square, side size // factor) are scored by
+    -log softmax[class] of the teacher's backbone branch, zero-padded to the full size; the best of each image is kept and
+    the images are ranked. Image j of P is crop j (factor 1) or the mosaic of crops j, P+j, 2P+j, 3P+j in row-major 2 x 2
+    cells (factor 2). A pool too small for all P at once is searched again with fresh crops, each time for as many images as
+    it fills (the released code does so for each image).
+
+    Writes images/{c:05d}/class{c:05d}_id{j:05d}.png (8 bits, rounded) and preview.png. Facts: factor, per_class, pool, crops,
+    mean_score (cross entropy of the crops used, by class). A killed run continues with the class it was at.
+    Raises UserError for settings out of range, a class with too few images, and a teacher that does not fit.
+    """
+    _check(config, dataset, teacher)
+    device = pick_device(config.device)
+    train = load_split(dataset, "train")
+    pool = _pool(config, train)
+    stage = open_stage(out, "patches", config, {"dataset": dataset, "teacher": teacher}, overwrite=overwrite)
+    if stage.finished:
+        return stage.finished
+    loaded = load_teacher(teacher, device)
+    scores: list[float] = (stage.restore(_STATE) or {"scores": []})["scores"]
+    classes = len(train.classes)
+    with Progress("patches", classes, done=len(scores), unit="class") as bar:
+        while len(scores) < classes:
+            scores.append(_class_images(config, stage, train, loaded, len(scores), pool, device))
+            stage.checkpoint(_STATE, {"scores": scores})
+            bar.step(1, cross_entropy=scores[-1])
+    _preview(config, stage, train)
+    return stage.finish(
+        classes=dataset.classes,
+        size=dataset.size,
+        mean=dataset.mean,
+        std=dataset.std,
+        facts={
+            "factor": config.factor,
+            "per_class": config.per_class,
+            "pool": pool,
+            "crops": config.crops,
+            "mean_score": scores,
+        },
+        measured={"device": str(device)},
+    )
+
+
+def _check(config: PatchesConfig, dataset: Artifact, teacher: Artifact) -> None:
+    ranges: list[tuple[str, bool, str]] = [
+        ("factor", config.factor in (1, 2), "1 or 2"),
+        ("per_class", config.per_class >= 1, "at least 1"),
+        ("crops", config.crops >= 1, "at least 1"),
+        ("pool", config.pool is None or config.pool >= 1, "at least 1"),
+        ("min_crop", 0 < config.min_crop <= 1, "in (0, 1]"),
+    ]
+    for name, good, wanted in ranges:
+        if not good:
+            raise UserError(f"patches: {name} must be {wanted}, got {getattr(config, name)}")
+    if teacher.kind != "teacher":
+        raise UserError(f"{teacher.path} holds a {teacher.kind} artifact; wanted a teacher")
+    teacher.must_fit(dataset)
+    parent = teacher.manifest["parents"].get("dataset")
+    if parent is not None and parent["id"] != dataset.id:
+        raise UserError(f"teacher {teacher.path} was made from another data set than {dataset.path}")
+    if dataset.size % config.factor:
+        raise UserError(f"patches: images of side {dataset.size} cannot be cut into {config.factor} x {config.factor} cells")
+
+
+def _pool(config: PatchesConfig, train: ImageSet) -> int:
+    """Images searched in each class; UserError names the classes that have too few."""
+    cells = config.factor**2
+    train.require(max(cells, config.pool or 1), f"patches with factor {config.factor} and pool {config.pool}")
+    pool = config.pool or int(train.counts().min())
+    if pool < cells:
+        raise UserError(f"patches: pool must be at least factor^2 = {cells}, got {pool}")
+    return pool
+
+
+def _class_images(
+    config: PatchesConfig, stage: Stage, train: ImageSet, teacher: Teacher, label: int, pool: int, device: torch.device
+) -> float:
+    """Write the images of one class; the mean cross entropy of the crops in them."""
+    cells, made, used = config.factor**2, 0, []
+    searched = train.of_class(label)[:pool]
+    images = train.unit(searched, device=device)
+    for repetition in range(config.per_class):
+        count = min(pool // cells, config.per_class - made)
+        draws = seeding.generator(config.seed, "patches", label, repetition)
+        ranked = rank_crops(config, images, label, teacher, train, draws)
+        used.append(ranked.scores[: count * cells])
+        for j, image in enumerate(compose(ranked.crops, count, config.factor)):
+            pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+            save_image(stage.path / file_name(label, made + j), pixels)
+        made += count
+        if made == config.per_class:
+            break
+    return float(torch.cat(used).double().mean())
+
+
+def file_name(label: int, image_id: int) -> str:
+    """Where an initial image lies in its artifact (the layout of RDED)."""
+    return f"images/{label:05d}/class{label:05d}_id{image_id:05d}.png"
+
+
+@torch.no_grad()
+def rank_crops(
+    config: PatchesConfig, images: Tensor, label: int, teacher: Teacher, train: ImageSet, draws: torch.Generator
+) -> Ranked:
+    """Random crops of images [n, 3, S, S] in [0, 1], of each image the one the teacher finds easiest, easiest image first."""
+    count, size = len(images), images.shape[-1]
+    side = size // config.factor
+    uniform = torch.rand(count * config.crops, 22, generator=draws, dtype=torch.float64)
+    boxes = crop_boxes(uniform[:, :20], uniform[:, 20:], (size, size), (config.min_crop, 1.0), (1.0, 1.0))
+    params = F.pad(boxes, (0, 3)).int()  # no flip, no roll
+    owner = torch.arange(count).repeat_interleave(config.crops)
+    before = (size - side) // 2
+    after = size - side - before
+    cut, scores = [], []
+    for rows in torch.arange(len(owner)).split(max(1, _PIXELS_PER_PASS // size**2)):
+        offsets = torch.arange(len(rows) + 1, dtype=torch.int32)
+        crops = ops.crop_flip_roll(images[owner[rows].to(images.device)], params[rows], offsets, side)
+        padded = F.pad(normalise(crops, train.mean, train.std), (before, after, before, after))
+        logits = teacher.backbone(padded.contiguous(memory_format=torch.channels_last))
+        targets = torch.full((len(rows),), label, device=logits.device)
+        scores.append(F.cross_entropy(logits.float(), targets, reduction="none"))
+        cut.append(crops)
+    by_image = torch.cat(scores).view(count, config.crops)
+    best = by_image.argmin(1)
+    score = by_image.gather(1, best[:, None])[:, 0]
+    order = score.argsort(stable=True)
+    rows = torch.arange(count, device=best.device) * config.crops + best
+    return Ranked(torch.cat(cut)[rows[order]], score[order].cpu(), order.cpu())
+
+
+def compose(crops: Tensor, count: int, factor: int) -> Tensor:
+    """Ranked crops [n, 3, t, t] -> [count, 3, factor t, factor t]: cell q (row-major) of image j is crop q count + j."""
+    side = crops.shape[-1]
+    cells = crops[: factor**2 * count].view(factor, factor, count, 3, side, side)
+    return cells.permute(2, 3, 0, 4, 1, 5).reshape(count, 3, factor * side, factor * side)
+
+
+def _preview(config: PatchesConfig, stage: Stage, train: ImageSet) -> None:
+    shown = torch.linspace(0, len(train.classes) - 1, min(_PREVIEW, len(train.classes))).long().tolist()
+    columns = min(config.per_class, 8)
+    pictures: list[Any] = [read_image(stage.path / file_name(k, j)) for k in shown for j in range(columns)]
+    titles = [train.classes[k][:24] for k in shown]
+    grid(torch.stack(pictures), columns, titles=titles, path=stage.path / "preview.png")
