@@ -15,7 +15,13 @@ TINY = "timm:resnet10t,channels=8x8x16x16,stem_width=4,output_stride=16"
 
 
 def make_dataset(
-    path: Path, *, per_class: tuple[int, ...] = (9, 9, 9), test: int = 4, size: int = 32, name: str = "folder", seed: int = 0
+    path: Path,
+    *,
+    per_class: tuple[int, ...] = (9, 9, 9),
+    test: int = 4,
+    size: int = 32,
+    name: str = "folder",
+    seed: int = 0,
 ) -> Artifact:
     """A dataset artifact of noisy stripes: class k has stripes of its own direction and colour."""
     stage = open_stage(path, "dataset", DataConfig(dataset="folder", seed=seed), {})
@@ -28,7 +34,9 @@ def make_dataset(
         phase = rng.uniform(0, 6, len(labels))
         wave = np.sin((np.cos(angle)[:, None, None] * x + np.sin(angle)[:, None, None] * y) + phase[:, None, None])
         colour = 0.3 + 0.4 * np.eye(3)[labels % 3]
-        pixels = 0.5 + 0.4 * wave[:, None] * colour[:, :, None, None] + rng.normal(0, 0.05, (len(labels), 3, size, size))
+        pixels = (
+            0.5 + 0.4 * wave[:, None] * colour[:, :, None, None] + rng.normal(0, 0.05, (len(labels), 3, size, size))
+        )
         return (pixels.clip(0, 1) * 255).astype(np.uint8), labels.astype(np.int64)
 
     counts = {"train": per_class, "test": (test,) * len(per_class)}

@@ -44,9 +44,9 @@ class Prototypes:
         later = (same & (order[None, :] > order[:, None])).sum(1)  # images of the same class after this one
         count = same.sum(1)
         starts = (later == count - 1) & ~self.seen[labels]
-        weight = (1 - self.mu) ** later * torch.where(starts, 1.0, self.mu)
-        mixed = (same * weight).to(unit.dtype) @ unit
-        decay = ((1 - self.mu) ** count * self.seen[labels]).to(unit.dtype)
+        weight = (1 - self.mu) ** later.to(unit.dtype) * torch.where(starts, 1.0, unit.new_tensor(self.mu))
+        mixed = (same * weight) @ unit
+        decay = (1 - self.mu) ** count.to(unit.dtype) * self.seen[labels]
         new = decay[:, None] * self.ema[labels] + mixed
         # every image of a class writes its last image's row: duplicates write equal values, in whatever order
         self.ema[labels] = new[last]

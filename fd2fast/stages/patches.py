@@ -98,7 +98,9 @@ def _check(config: PatchesConfig, dataset: Artifact, teacher: Artifact) -> None:
     if parent is not None and parent["id"] != dataset.id:
         raise UserError(f"teacher {teacher.path} was made from another data set than {dataset.path}")
     if dataset.size % config.factor:
-        raise UserError(f"patches: images of side {dataset.size} cannot be cut into {config.factor} x {config.factor} cells")
+        raise UserError(
+            f"patches: images of side {dataset.size} cannot be cut into {config.factor} x {config.factor} cells"
+        )
 
 
 def _pool(config: PatchesConfig, train: ImageSet) -> int:

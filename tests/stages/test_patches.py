@@ -82,9 +82,7 @@ def test_scores_are_the_plain_loops(inputs):
     config = PatchesConfig(factor=2, crops=4, seed=1)
     train = load_split(dataset, "train")
     images = train.unit(train.of_class(1))
-    ranked = patches.rank_crops(
-        config, images, 1, load_teacher(teacher), train, seeding.generator(1, "patches", 1, 0)
-    )
+    ranked = patches.rank_crops(config, images, 1, load_teacher(teacher), train, seeding.generator(1, "patches", 1, 0))
     wanted = best_crops_by_hand(config, dataset, teacher, 1, 0, 9)
     np.testing.assert_allclose(ranked.scores.numpy(), [score for score, _ in wanted], rtol=1e-4)
     assert ranked.scores.diff().min() >= 0
