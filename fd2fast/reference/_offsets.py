@@ -8,6 +8,8 @@ from torch import Tensor
 Offsets = Tensor | Sequence[int]
 
 _constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+# what a CUDA graph was captured with must outlive the graph
+_captured: list[Tensor] = []
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -33,7 +35,10 @@ def constant_tensor(values: Sequence[float], dtype: torch.dtype, device: torch.d
         if len(_constants) >= 1024:
             _constants.clear()
         _constants[key] = torch.tensor(key[0], dtype=dtype, device=device)
-    return _constants[key]
+    tensor = _constants[key]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(tensor)
+    return tensor
 
 
 def device_offsets(offsets: Offsets, device: torch.device) -> Tensor:
