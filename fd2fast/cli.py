@@ -167,18 +167,18 @@ def evaluate(
     *,
     dataset: FilePath,
     images: FilePath,
-    labels: FilePath | None = None,
+    soft_labels: FilePath | None = None,
     out: FilePath,
     overwrite: bool = False,
 ) -> None:
     """Train students from scratch on the synthetic images and test them on the whole real test set.
 
-    fd2fast evaluate --dataset D --images I --labels L --model ResNet18 --seeds 0 1 2 --out runs/cub/metrics/ResNet18
+    fd2fast evaluate --dataset D --images I --soft-labels L --model ResNet18 --seeds 0 1 2 --out runs/cub/metrics/ResNet18
 
     Args:
         dataset: Folder made by `fd2fast datasets`.
         images: Folder made by `fd2fast distill`.
-        labels: Folder made by `fd2fast relabel`; not needed with --labels hard.
+        soft_labels: Folder made by `fd2fast relabel`; not needed with --labels hard.
         out: Folder of the result.
         overwrite: Make it anew when the folder holds a result with other settings.
     """
@@ -191,7 +191,7 @@ def evaluate(
             out,
             artifacts.load(dataset, "dataset"),
             artifacts.load(images, "images"),
-            artifacts.load(labels, "labels") if labels else None,
+            artifacts.load(soft_labels, "labels") if soft_labels else None,
             overwrite=overwrite,
         )
     )
@@ -251,6 +251,31 @@ def run(arguments: Sequence[str]) -> None:
         overwrite: Make results anew that were made with other settings.
     """
     tyro.cli(command, args=rest, prog="fd2fast run")
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """Measure: fd2fast bench NAME [OPTIONS] runs bench/NAME.py of the source checkout."""
+    import runpy
+
+    import fd2fast
+
+    folder = Path(fd2fast.__file__).parents[1] / "bench"
+    if not folder.is_dir():
+        raise UserError('benches are part of the source checkout: install it with pip install -e ".[test]"')
+    found = {
+        path.stem: path
+        for path in sorted(folder.glob("*.py"))
+        if path.stem not in ("registry", "shapes") and "__main__" in path.read_text()
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: fd2fast bench NAME [OPTIONS]     (fd2fast bench NAME --help)\n\nnames: {', '.join(found)}")
+        return
+    if arguments[0] not in found:
+        raise UserError(f"unknown bench {arguments[0]!r}: {nearest(arguments[0], found)}")
+    path = found[arguments[0]]
+    sys.argv = [str(path), *arguments[1:]]
+    sys.path.insert(0, str(folder))
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def import_(*, checkpoint: FilePath, dataset: FilePath, model: str, out: FilePath, overwrite: bool = False) -> None:
@@ -319,6 +344,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "relabel": _simple(relabel, "relabel"),
     "evaluate": _simple(evaluate, "evaluate"),
     "report": _simple(report, "report"),
+    "bench": bench,
     "import": _simple(import_, "import"),
     "export": _simple(export, "export"),
     "info": _simple(info, "info"),

@@ -110,7 +110,9 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
         if begun is not None:
             trainer.load_state(begun)
         steps, started = trainer.steps, time.monotonic()
-        with Progress(f"pretrain {trainer.teacher.name.split(',')[0]}", settings.epochs * steps, done=trainer.epoch * steps) as bar:
+        with Progress(
+            f"pretrain {trainer.teacher.name.split(',')[0]}", settings.epochs * steps, done=trainer.epoch * steps
+        ) as bar:
             first = trainer.epoch
             while trainer.epoch < settings.epochs:
                 trainer.train_epoch(bar)

@@ -1,0 +1,101 @@
+"""The command line: help that teaches, errors without tracebacks, settings that reach the stages."""
+
+import pytest
+
+from fd2fast import cli
+from fd2fast.errors import UserError
+
+
+def test_usage_names_every_command(capsys):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    for name in (
+        "run", "datasets", "pretrain", "patches", "distill", "relabel", "evaluate", "report", "bench", "import", "export", "info"
+    ):  # fmt: skip
+        assert f"  {name} " in text
+
+
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "bench"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: fd2fast {command}" in capsys.readouterr().out
+
+
+def test_run_help_teaches_presets_and_stage_options(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    text = capsys.readouterr().out
+    for part in (
+        "--preset",
+        "--config",
+        "--distill.lam",
+        "--pretrain.weights",
+        "--data.root",
+        "Run the same command again",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rum"], "unknown command 'rum': did you mean 'run'?"),
+        (["run", "--preset", "cbu"], "unknown preset 'cbu': did you mean 'cub'?"),
+        (["run", "--preset"], "--preset wants a value"),
+        (["run", "--config=none.toml"], "none.toml is missing"),
+        (["run", "--methods", "sre2l"], "unknown method 'sre2l': did you mean 'sre2l++'?"),
+        (["run", "--methods", "random:firm"], "labels are hard or soft, not 'firm'"),
+        (["run", "--ipc", "0"], "images per class must be 1 or more, got [0]"),
+        (["pretrain", "--dataset", "nowhere", "--out", "x"], "nowhere does not exist; wanted the folder of a dataset"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_options_change_the_preset_and_the_file(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(cli, "_run", lambda config, overwrite: seen.update(config=config, overwrite=overwrite))
+    file = tmp_path / "mine.toml"
+    file.write_text("[distill]\nlr = 0.1\nlam = 0.5\n")
+    arguments = [
+        "run",
+        "--preset",
+        "cub",
+        "--config",
+        str(file),
+        "--distill.lam",
+        "0.6",
+        "--ipc",
+        "1",
+        "2",
+        "--overwrite",
+    ]
+    assert cli.main(arguments) == 0
+    config = seen["config"]
+    assert (config.data.dataset, config.data.size, config.ipc) == ("cub", 224, (1, 2))
+    assert (config.distill.lr, config.distill.lam, seen["overwrite"]) == (0.1, 0.6, True)
+
+
+def test_interrupt_says_how_to_go_on(capsys, monkeypatch):
+    def stop(config, overwrite):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", stop)
+    assert cli.main(["run"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_take_pulls_an_option_out():
+    assert cli._take(["a", "--x", "1", "b"], "--x", None) == ("1", ["a", "b"])
+    assert cli._take(["--x=1", "b"], "--x", None) == ("1", ["b"])
+    assert cli._take(["b"], "--x", "d") == ("d", ["b"])
+    with pytest.raises(UserError, match="wants a value"):
+        cli._take(["--x"], "--x", None)

@@ -1,0 +1,92 @@
+"""A whole tiny run: every stage, several methods, resumed without work, its report readable."""
+
+import json
+
+import pytest
+
+from fd2fast import artifacts, cli
+from fd2fast.errors import UserError
+from fd2fast.pipeline import parse_entry
+
+TINY = """
+methods = ["random", "random:soft", "herding", "kcenter", "rded", "sre2l++", "sre2l++_fd2", "fadrm+_fd2"]
+teachers = ["timm:test_resnet", "timm:test_byobnet"]
+students = ["timm:test_resnet"]
+ipc = [1, 2]
+[data]
+classes = 4
+size = 32
+train_per_class = 8
+test_per_class = 4
+[pretrain]
+epochs = 1
+batch_size = 16
+attention_maps = 2
+[patches]
+per_class = 2
+crops = 2
+[distill]
+iterations = [4]
+[relabel]
+epochs = 2
+[evaluate]
+seeds = [0, 1]
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tiny.toml").write_text(TINY)
+    arguments = ["run", "--config", str(folder / "tiny.toml"), "--out", str(folder / "out")]
+    assert cli.main(arguments) == 0
+    return folder / "out", arguments
+
+
+def test_every_artifact_is_there_and_verifies(finished):
+    out, _ = finished
+    kinds = [artifacts.load(p.parent).kind for p in out.rglob("manifest.json")]
+    counts = {kind: kinds.count(kind) for kind in set(kinds)}
+    # labels: 5 methods with soft labels x 2 sizes; metrics: 8 rows x 2 sizes
+    assert counts == {"dataset": 1, "teacher": 2, "patches": 2, "images": 7, "labels": 10, "metrics": 16}
+    for path in out.rglob("manifest.json"):
+        artifacts.load(path.parent).verify()
+    assert not list(out.rglob("state"))
+
+
+def test_the_same_command_again_does_no_work(finished, capsys):
+    out, arguments = finished
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("manifest.json")}
+    assert cli.main(arguments) == 0
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("manifest.json")} == before
+
+
+def test_other_settings_are_refused_before_work_is_lost(finished, capsys):
+    _, arguments = finished
+    assert cli.main([*arguments, "--distill.r-bn", "0.5"]) == 2
+    assert "config.r_bn was 0.01, now 0.5" in capsys.readouterr().err
+
+
+def test_the_table_names_every_row_and_the_pictures_exist(finished, capsys):
+    out, _ = finished
+    assert cli.main(["report", "--run", str(out)]) == 0
+    table = capsys.readouterr().out
+    for name in ("random", "herding", "kcenter", "rded", "sre2l++", "sre2l++_fd2", "fadrm+_fd2"):
+        assert name in table.lower()
+    for name in ("report.md", "table.json", "grid.png", "accuracy.png"):
+        assert (out / "report" / name).stat().st_size > 0
+    json.loads((out / "report" / "table.json").read_text())
+
+
+def test_report_of_nothing_is_refused(tmp_path, capsys):
+    assert cli.main(["report", "--run", str(tmp_path)]) == 2
+    assert "run.json is missing" in capsys.readouterr().err
+
+
+def test_entries():
+    assert parse_entry("random").labels == "hard"
+    assert parse_entry("rded").labels == "soft"
+    assert parse_entry("random:soft").name == "random:soft"
+    assert parse_entry("random:hard").name == "random"
+    with pytest.raises(UserError, match="unknown method"):
+        parse_entry("rand")
