@@ -170,6 +170,7 @@ def cut_box(lam: np.ndarray, centre: np.ndarray, size: int) -> np.ndarray:
 def draw_views(settings: ViewSettings, offsets: np.ndarray, size: int, first: int, end: int) -> Views:
     """The views of the epochs first..end-1: functions of (seed, epoch, position) only, whatever was drawn before."""
     images, batches = int(offsets[-1]), len(offsets) - 1
+    out: dict[str, np.ndarray]
     out = {name: np.zeros((end - first, *shape), dtype) for name, (shape, dtype) in array_types(offsets).items()}
     owner = np.repeat(np.arange(batches), np.diff(offsets))
     for row, epoch in enumerate(range(first, end)):

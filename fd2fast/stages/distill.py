@@ -173,8 +173,8 @@ def _select(
     from fd2fast import baselines
 
     patches, teacher = parents.get("patches"), parents.get("teacher0")
-    chosen = baselines.select(config.method, config.ipc, dataset, teacher, patches, config.seed, device)
-    chosen = torch.as_tensor(chosen).cpu()
+    picked = baselines.select(config.method, config.ipc, dataset, teacher, patches, config.seed, device)
+    chosen = torch.from_numpy(picked)
     wanted = (len(dataset.classes), config.ipc, 3, dataset.size, dataset.size)
     if tuple(chosen.shape) != wanted or chosen.dtype != torch.uint8:
         raise ValueError(

@@ -146,8 +146,8 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, tracked in layers:
             layer.track_running_stats = tracked
-        for layer, mode in training.items():
-            layer.training = mode
+        for part, mode in training.items():
+            part.training = mode
 
 
 @contextlib.contextmanager
