@@ -249,9 +249,12 @@ Accuracy on the same test images.
 
 ![A real training image of each class, then the images of each method](grid.png)
 
-The first {min(_GRID_CLASSES, data["classes"])} of {data["classes"]} classes: one real training image, then the first ids of \
-each set.
+{_grid_rows(data["classes"])}: one real training image, then the first ids of each set.
 """
+
+
+def _grid_rows(classes: int) -> str:
+    return f"The first {_GRID_CLASSES} of {classes} classes" if classes > _GRID_CLASSES else "Every class"
 
 
 def _how_to_read(rows: Sequence[dict[str, Any]], test: int) -> str:
