@@ -101,8 +101,8 @@ class PretrainConfig:
     eval_every: int = 10
     # Which weights are kept: the last epoch's or the best evaluated epoch's.
     keep: Literal["last", "best"] = "last"
-    # Arithmetic: fp32, or autocast to bf16 or fp16 (norms and losses stay in fp32).
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # Arithmetic: fp32, or autocast to bf16 or fp16 (norms and losses stay in fp32); auto: bf16 where it is fast.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # Seed of initialisation, order and augmentation.
     seed: int = 0
     # Device, e.g. cpu or cuda:0; auto takes a GPU when there is one.
@@ -199,8 +199,8 @@ class DistillConfig:
     save_format: Literal["png", "jpg"] | None = None
     # To 8 bits by rounding or by truncation (released).
     quantize: Literal["round", "truncate"] | None = None
-    # Arithmetic of the teacher: fp64 for parity, fp32, bf16, fp16.
-    precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
+    # Arithmetic of the teacher: fp64 for parity, fp32, bf16, fp16; auto: bf16 where it is fast, else fp32.
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
     # Seed of initial images, crops, flips and rolls.
     seed: int = 0
     # Iterations between saves of the unfinished step.
@@ -279,8 +279,8 @@ class EvaluateConfig:
     eval_every: int = 10
     # Images of one test batch.
     test_batch: int = 64
-    # Arithmetic of the student: fp32, or autocast to bf16 or fp16.
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # Arithmetic of the student: fp32, or autocast to bf16 or fp16; auto: bf16 where it is fast.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # Device.
     device: str = _runtime("auto")
 

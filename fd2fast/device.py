@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 
 from fd2fast.errors import UserError, nearest
+
+Config = TypeVar("Config")
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,3 +53,25 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     if precision in ("fp32", "fp64"):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are faster than fp32 ones on this device (a CPU without such instructions emulates them)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(
+        probe is not None and probe()
+        for probe in (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    )
+
+
+def settle_precision(config: Config) -> Config:
+    """The settings with precision "auto" replaced by what it means on their device: bf16 where it is fast, else fp32.
+
+    Stages call it before they open their artifact, so that the manifest records the arithmetic that was used.
+    """
+    settings: Any = config
+    if settings.precision != "auto":
+        return config
+    precision = "bf16" if fast_bf16(pick_device(settings.device)) else "fp32"
+    return dataclasses.replace(settings, precision=precision)

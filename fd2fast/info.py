@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fd2fast import __version__
+from fd2fast.device import fast_bf16
 
 _PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pillow", "safetensors", "nvidia-dali-cuda130")
 
@@ -22,7 +23,9 @@ def describe() -> str:
         except PackageNotFoundError:
             lines.append(f"  {name:20} not installed")
     lines += ["", "devices", f"  cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"]
-    lines.append(f"       {torch.backends.cpu.get_cpu_capability()}, bf16 in hardware: {_yes(_cpu_bf16())}")
+    lines.append(
+        f"       {torch.backends.cpu.get_cpu_capability()}, bf16 in hardware: {'yes' if fast_bf16(torch.device('cpu')) else 'no'}"
+    )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(index)
@@ -38,15 +41,6 @@ def describe() -> str:
     for name, (backend, reason) in backends().items():
         lines.append(f"  {name:28} {backend:10} {reason}")
     return "\n".join(lines)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def _cpu_bf16() -> bool:
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(probe()) if probe else False
 
 
 def _planner() -> str:

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         "seeding",
         "step",
     },
-    "info": BASE | {"ops", "_planner"},
+    "info": BASE | {"device", "ops", "_planner"},
     "pipeline": BASE | {"artifacts", "data", "methods", "stages"},
     "cli": BASE | {"artifacts", "data", "info", "pipeline", "presets", "stages"},
     "__main__": {"cli"},

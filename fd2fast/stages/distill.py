@@ -21,7 +21,7 @@ from fd2fast.artifacts import Artifact, Stage, atomic_path, open_stage, write_js
 from fd2fast.config import DistillConfig
 from fd2fast.data.pixels import bounds, grid, normalise, quantize, read_image, save_image
 from fd2fast.data.store import ImageSet, load_split
-from fd2fast.device import pick_device
+from fd2fast.device import pick_device, settle_precision
 from fd2fast.errors import UserError
 from fd2fast.methods import BASELINES, check_teachers, resolve
 from fd2fast.models.teacher import Teacher, load_teacher
@@ -67,6 +67,7 @@ def run(
     if dataset.kind != "dataset":
         raise UserError(f"{dataset.path} holds a {dataset.kind} artifact; wanted a dataset")
     name = str(dataset.facts.get("name", ""))
+    config = settle_precision(config)
     config = resolve(config, classes=len(dataset.classes), size=dataset.size, dataset=name)
     baseline = config.method in BASELINES
     needed = {"dataset": dataset, **_fitting_parents(config, dataset, teachers, patches)}

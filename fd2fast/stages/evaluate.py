@@ -33,7 +33,7 @@ from fd2fast.data.views import (
     open_views,
     replay,
 )
-from fd2fast.device import autocast, pick_device
+from fd2fast.device import autocast, pick_device, settle_precision
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone
 from fd2fast.progress import Progress
@@ -103,6 +103,7 @@ def run(
     A killed run goes on from its last save and ends in the same bytes.
     Raises UserError for artifacts that do not fit each other, settings out of range, and a loss that is not finite.
     """
+    config = settle_precision(config)
     _check(config)
     dataset.must_fit(images)
     lessons, parents = _lessons(config, dataset, images, labels)

@@ -19,7 +19,7 @@ from fd2fast.config import PretrainConfig, replace
 from fd2fast.data.augment import crop_resize, pretrain_views
 from fd2fast.data.pixels import normalise
 from fd2fast.data.store import ImageSet, load_split
-from fd2fast.device import autocast, pick_device
+from fd2fast.device import autocast, pick_device, settle_precision
 from fd2fast.errors import UserError
 from fd2fast.models.attention_views import crop_and_drop
 from fd2fast.models.backbone import build_backbone, canonical_name, load_weights
@@ -94,6 +94,7 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
 
     Raises UserError for settings outside their range, weights or data that do not fit, and a loss that is not finite.
     """
+    config = settle_precision(config)
     _check(config)
     device = pick_device(config.device)
     train, test = load_split(dataset, "train"), load_split(dataset, "test")

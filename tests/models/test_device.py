@@ -39,3 +39,15 @@ def test_autocast_sets_the_type_of_a_product(precision, dtype):
 def test_an_unknown_precision_is_refused():
     with pytest.raises(UserError, match="'fp8' is unknown"):
         autocast(torch.device("cpu"), "fp8")
+
+
+def test_auto_precision_is_settled_before_the_manifest_is_written(monkeypatch):
+    from fd2fast import device
+    from fd2fast.config import EvaluateConfig
+
+    config = EvaluateConfig(device="cpu")
+    for fast, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(device, "fast_bf16", lambda _, fast=fast: fast)
+        assert device.settle_precision(config).precision == expected
+    kept = EvaluateConfig(precision="fp16")
+    assert device.settle_precision(kept) is kept

@@ -285,7 +285,7 @@ else:
     distill.save_image = deadly(distill.save_image)
 load = lambda name, kind: artifacts.load(f"{root}/{name}", kind)
 config = DistillConfig(method="fadrm+_fd2", ipc=2, group_size=2, segment_size=3, segments_per_step=2,
-                       iterations=(5, 6), sizes=(16, 32), save_every=4)
+                       iterations=(5, 6), sizes=(16, 32), save_every=4, precision="fp32")
 teachers = [load("teacher", "teacher"), load("other", "teacher")]
 distill.run(config, out, load("dataset", "dataset"), teachers, load("patches", "patches"))
 """

@@ -1,0 +1,87 @@
+"""Bring teachers in from, and take teachers and images out to, the released reference code and other programs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from fd2fast.artifacts import Artifact, atomic_path, file_digest, open_stage
+from fd2fast.data.distilled import image_files, images_per_class
+from fd2fast.errors import UserError
+from fd2fast.models.pool import export_teacher, import_checkpoint
+from fd2fast.models.teacher import FILE, Teacher
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """What an imported teacher is a function of."""
+
+    checkpoint_sha256: str
+    model: str | None
+
+
+def import_teacher(
+    checkpoint: Path | str, model: str | None, out: Path | str, dataset: Artifact, *, overwrite: bool = False
+) -> Artifact:
+    """A "teacher" artifact from a checkpoint of the reference, read without executing anything in it.
+
+    Raises UserError for a missing or foreign file and for a teacher of another class count than the dataset artifact.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_file():
+        raise UserError(
+            f"{checkpoint} is missing; wanted a checkpoint of the reference, such as ResNet18_M8_5e-1cal.pth"
+        )
+    teacher, notices = import_checkpoint(checkpoint, size=dataset.size, model=model)
+    if teacher.classes != len(dataset.classes):
+        raise UserError(
+            f"{checkpoint} is a teacher of {teacher.classes} classes, but {dataset.path} has {len(dataset.classes)}"
+        )
+    config = ImportConfig(file_digest(checkpoint), model)
+    stage = open_stage(out, "teacher", config, {"dataset": dataset}, overwrite=overwrite)
+    if stage.finished:
+        return stage.finished
+    with atomic_path(stage.path / FILE) as temporary:
+        teacher.save(temporary)
+    return stage.finish(
+        classes=dataset.classes,
+        size=dataset.size,
+        mean=dataset.mean,
+        std=dataset.std,
+        facts={
+            "model": teacher.name,
+            "attention_maps": teacher.attention_maps,
+            "alpha": teacher.alpha,
+            "channels": teacher.backbone.channels,
+            "backbone_accuracy": teacher.accuracy,
+            "cal_accuracy": None,
+            "notices": notices,
+        },
+    )
+
+
+def export_artifact(artifact: Artifact, out: Path | str, *, ipc: int | None = None) -> str:
+    """Write a teacher as the reference's checkpoint, or images as an image folder (ids 0..ipc-1); says what was written.
+
+    Raises UserError for other kinds of artifact, for more images than there are, and for a folder that holds files.
+    """
+    out = Path(out)
+    if artifact.kind == "teacher":
+        path = export_teacher(Teacher.load(artifact.file(FILE)), out)
+        return f"wrote {path}"
+    if artifact.kind != "images":
+        raise UserError(f"{artifact.path} holds a {artifact.kind} artifact; a teacher or images can be exported")
+    held = images_per_class(artifact)
+    count = held if ipc is None else ipc
+    if not 1 <= count <= held:
+        raise UserError(f"ipc must be 1 to {held}, all that {artifact.path} holds; got {count}")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} holds files; wanted an empty or new folder")
+    written = 0
+    for (_, image_id), name in sorted(image_files(artifact).items()):
+        if image_id < count:
+            with atomic_path(out / Path(name).relative_to("images")) as temporary:
+                shutil.copyfile(artifact.file(name), temporary)
+            written += 1
+    return f"wrote {written} images, {count} of each class, to {out}"
