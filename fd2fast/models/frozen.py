@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fd2fast.ops import _dispatch, bn_act_matching
+from fd2fast.ops import _dispatch, bilinear_attention_pool, bn_act_matching
 
 Segments = tuple[int, ...]
 
@@ -315,7 +315,7 @@ class FrozenBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[N, C, H, W] -> (y [N, C, H, W], loss [S])."""
-        if x.is_cuda and _dispatch.choose("bn_act_matching", (x,), "auto") == "triton":
+        if _dispatch.choose("bn_act_matching", (x,), "auto") == "triton":
             return bn_act_matching(
                 x,
                 self.weight,
@@ -578,3 +578,42 @@ class FrozenAvgPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H', W']."""
         return _AvgPool.apply(x, *self.settings)
+
+
+class _Pool(torch.autograd.Function):
+    """Bilinear attention pooling that keeps its inputs and the matrix G; fd2fast.reference has the equations."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, attention: Tensor, eps: float) -> Tensor:
+        wide = accumulation(features.dtype)
+        f, a = features.to(wide).flatten(2), attention.to(wide).flatten(2)
+        gram = torch.bmm(a, f.transpose(1, 2)) / f.shape[2]  # [N, M, C]
+        ctx.save_for_backward(features, attention, gram)
+        ctx.eps = eps
+        return _unit_root(gram, eps)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        features, attention, gram = ctx.saved_tensors
+        z, norm = _unit_root(gram, ctx.eps)
+        grad = (grad - z * (z * grad).sum(dim=1, keepdim=True)) / norm
+        slope = torch.where(gram == 0, 0.0, 0.5 * torch.rsqrt(gram.abs() + ctx.eps))
+        grad = grad.view_as(gram) * slope / (features.shape[2] * features.shape[3])
+        f, a = features.to(grad.dtype).flatten(2), attention.to(grad.dtype).flatten(2)
+        grad_f = torch.bmm(grad.transpose(1, 2), a).view_as(features).to(features.dtype)
+        grad_a = torch.bmm(grad, f).view_as(attention).to(attention.dtype)
+        return grad_f, grad_a, None
+
+
+def _unit_root(gram: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    root = (torch.sign(gram) * torch.sqrt(gram.abs() + eps)).flatten(1)
+    # never below its bound: a sample whose G is 0 everywhere has z = 0 and no gradient
+    norm = torch.linalg.vector_norm(root, dim=1, keepdim=True).clamp_min(1e-12)
+    return root / norm, norm
+
+
+def attention_pool(features: Tensor, attention: Tensor, *, eps: float) -> Tensor:
+    """ops.bilinear_attention_pool; without its kernel, a form that keeps the maps in their own type."""
+    if _dispatch.choose("bilinear_attention_pool", (features, attention), "auto") == "triton":
+        return bilinear_attention_pool(features, attention, eps=eps)
+    return _Pool.apply(features, attention, eps)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fd2fast import ops
 from fd2fast.models.attention_head import POOL_EPS, SCALE
-from fd2fast.models.frozen import FrozenBatchNorm, FrozenConv, Segments, accumulation
+from fd2fast.models.frozen import FrozenBatchNorm, FrozenConv, Segments, accumulation, attention_pool
 from fd2fast.models.rewrite import Rewritten, by_modules, rewrite
 from fd2fast.models.teacher import Teacher, TeacherOutput
 
@@ -64,7 +64,7 @@ class FusedTeacher(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             features, logits, losses = self.body(self._entry(x), segments)
             attention, cal_loss = self.attention_bn(self.attention_conv(features), segments)
-            z = ops.bilinear_attention_pool(features, attention, eps=POOL_EPS)
+            z = attention_pool(features, attention, eps=POOL_EPS)
             cal_logits = nn.functional.linear(SCALE * z, self.classifier)
             if cal_bn:
                 losses = [*losses, (self.attention_bn.index, cal_loss)]
