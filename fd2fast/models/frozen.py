@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fd2fast.models import cpu
 from fd2fast.ops import _dispatch, bilinear_attention_pool, bn_act_matching
 
 Segments = tuple[int, ...]
@@ -26,8 +27,6 @@ ACTIVATIONS = ("identity", "relu", "relu6")
 def accumulation(dtype: torch.dtype) -> torch.dtype:
     """Sums, norms and the arithmetic inside an operation: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 
 
 def _common_length(segments: Segments) -> int | None:
@@ -98,7 +97,7 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        mean, var = statistics(x, segments)
+        mean, var = cpu.statistics(x, segments) if cpu.takes(x) else statistics(x, segments)
         ctx.save_for_backward(x, mean)
         ctx.segments = segments
         return mean, var
@@ -107,6 +106,8 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> Any:
         x, mean = ctx.saved_tensors
         slope, offset = _affine(mean, grad_mean, grad_var, ctx.segments, x.shape)
+        if cpu.takes(x):
+            return cpu.affine(x, slope, offset, ctx.segments), None
         grad = x.to(mean.dtype) * per_row(slope, ctx.segments) + per_row(offset, ctx.segments)
         return grad.to(x.dtype), None
 
@@ -123,8 +124,6 @@ def _affine(
 def map_statistics(x: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """`statistics` with gradient, for maps whose channels several BN layers see: taken once, compared often."""
     return _Statistics.apply(x, segments)
-
-
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -193,8 +192,6 @@ def masked_activation(x: Tensor, activation: str) -> Tensor:
     return _MaskedActivation.apply(x, activation)
 
 
-
-
 class _BnAct(torch.autograd.Function):
     """(activation(x scale + shift + residual), matching loss [S]); keeps x, the statistics, bits if there is a residual."""
 
@@ -210,6 +207,14 @@ class _BnAct(torch.autograd.Function):
         segments: Segments,
         activation: str,
     ) -> tuple[Tensor, Tensor]:
+        constants = scale, shift, running_mean, running_var
+        ctx.segments, ctx.activation = segments, activation
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.native = cpu.takes(x)
+        if ctx.native:
+            y, bits, mean, var, loss = cpu.bn_act_forward(x, residual, constants, segments, activation)
+            ctx.save_for_backward(x, bits, *constants, mean, var)
+            return y, loss
         mean, var = statistics(x, segments)
         loss = distance(mean, var, running_mean, running_var, segments)
         y = torch.addcmul(shift[:, None, None], x.to(scale.dtype), scale[:, None, None])
@@ -220,14 +225,20 @@ class _BnAct(torch.autograd.Function):
                 mask = _is_open(y, activation)
                 bits = pack_bits(mask)
                 ctx.layout = tuple(mask.shape), _is_channels_last(mask)
-        ctx.save_for_backward(x, bits, scale, shift, running_mean, running_var, mean, var)
-        ctx.segments, ctx.activation = segments, activation
-        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.save_for_backward(x, bits, *constants, mean, var)
         return activate(y, activation).to(x.dtype), loss
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_loss: Tensor) -> Any:
-        x, bits, scale, shift, running_mean, running_var, mean, var = ctx.saved_tensors
+        x, bits, *constants, mean, var = ctx.saved_tensors
+        if ctx.native:
+            with_residual = ctx.residual_dtype is not None
+            settings = constants, ctx.segments, ctx.activation, with_residual
+            grad, residual = cpu.bn_act_backward(x, grad_y, bits, mean, var, grad_loss, *settings)
+            if residual is not None:
+                residual = residual.to(ctx.residual_dtype)
+            return grad, residual, *(None,) * 6
+        scale, shift, running_mean, running_var = constants
         wide = x.to(scale.dtype)
         opened = grad_y.to(scale.dtype)
         if bits is not None:
@@ -256,6 +267,8 @@ class _JoinedBnAct(torch.autograd.Function):
     def forward(ctx: Any, scale: Tensor, shift: Tensor, activation: str, *maps: Tensor) -> Tensor:
         ctx.save_for_backward(scale, shift, *maps)
         ctx.activation = activation
+        if all(cpu.takes(x) for x in maps):
+            return cpu.join_forward(maps, (scale, shift, scale, shift), activation)
         parts = []
         for x, a, b in _with_channels(maps, scale, shift):
             parts.append(activate(torch.addcmul(b, x.to(a.dtype), a), activation).to(x.dtype))
@@ -264,6 +277,8 @@ class _JoinedBnAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         scale, shift, *maps = ctx.saved_tensors
+        if all(cpu.takes(x) for x in maps):
+            return None, None, None, *cpu.join_backward(maps, grad, (scale, shift, scale, shift), ctx.activation)
         grads, first = [], 0
         for x, a, b in _with_channels(maps, scale, shift):
             part = grad[:, first : first + x.shape[1]].to(a.dtype)
@@ -343,8 +358,6 @@ class FrozenJoin(FrozenBatchNorm):
         var = torch.cat([v for _, v in statistics], dim=1)
         loss = distance(mean, var, self.running_mean, self.running_var, segments)
         return _JoinedBnAct.apply(self.scale, self.shift, self.activation, *maps), loss
-
-
 
 
 class _Conv(torch.autograd.Function):
@@ -435,8 +448,8 @@ class FrozenConv(nn.Module):
                 raise ValueError(f"padding of {layer} is not symmetric")
             self.padding = (0, 0) if layer.padding == "valid" else (same_sides[0] // 2, same_sides[1] // 2)
         else:
-            self.padding = (0, 0) if same else tuple(layer.padding)
-        self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
+            self.padding = (0, 0) if same else _pair(layer.padding)
+        self.stride, self.dilation, self.groups = _pair(layer.stride), _pair(layer.dilation), layer.groups
         self.same = same
         self.register_buffer("weight", _channels_last(layer.weight.detach().to(dtype)), persistent=False)
         bias = None if layer.bias is None else layer.bias.detach().to(dtype)
@@ -448,7 +461,7 @@ class FrozenConv(nn.Module):
             and tuple(layer.dilation) == (1, 1)
             and dtype != torch.float64
         )
-        phases = phase_weight(self.weight, layer.stride) if by_phases else None
+        phases = phase_weight(self.weight, self.stride) if by_phases else None
         self.register_buffer("phases", phases, persistent=False)
 
     def extra_repr(self) -> str:
@@ -481,13 +494,18 @@ def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: 
     return F.pad(x, (left, right, top, bottom), value=value) if any((top, bottom, left, right)) else x
 
 
-
-
 class _MaxPool(torch.autograd.Function):
     """Max pooling that keeps, for each output, the place of the maximum within its window (one byte)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool) -> Tensor:
+        ctx.native = cpu.takes(x)
+        if ctx.native:
+            window = kernel, stride, padding, dilation
+            ctx.settings, ctx.shape = (*window, ceil), tuple(x.shape)
+            y, places = cpu.max_pool_forward(x, window, _pooled_size(x, *window, ceil))
+            ctx.save_for_backward(places)
+            return y
         y, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil)
         ctx.settings = kernel, stride, padding, dilation, ceil
         ctx.shape, ctx.dense = tuple(x.shape), _is_channels_last(x)
@@ -502,6 +520,9 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (places,) = ctx.saved_tensors
         kernel, stride, padding, dilation, ceil = ctx.settings
+        if ctx.native:
+            window = kernel, stride, padding, dilation
+            return cpu.max_pool_backward(grad, places, window, ctx.shape), *(None,) * 5
         down, right = _window_starts(places, stride, padding)
         places = places.to(torch.int64)
         row = down + torch.div(places, kernel[1], rounding_mode="floor") * dilation[0]
@@ -512,6 +533,24 @@ class _MaxPool(torch.autograd.Function):
             grad, shape_only, kernel, stride, padding, dilation, ceil, row * ctx.shape[-1] + column
         )
         return found, *(None,) * 5
+
+
+def _pooled_size(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil: bool,
+) -> list[int]:
+    """Height and width of the pooled map, as torch has them."""
+    sizes = []
+    for side, k, s, p, d in zip(x.shape[-2:], kernel, stride, padding, dilation, strict=True):
+        span = side + 2 * p - d * (k - 1) - 1
+        size = (-(-span // s) if ceil else span // s) + 1
+        # with ceil, a window that would start in the padding behind the map is left out
+        sizes.append(size - 1 if ceil and (size - 1) * s >= side + p else size)
+    return sizes
 
 
 def _window_starts(y: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:

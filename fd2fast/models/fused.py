@@ -117,18 +117,14 @@ def fuse(teacher: Teacher, dtype: torch.dtype | None = None) -> FusedTeacher:
 
 def _probe(teacher: Teacher, own: Tensor) -> Tensor:
     """Two random images [2, 3, s, s] of a side that the teacher can see."""
-    side = min(_PROBE_SIDE, teacher.size)
     generator = torch.Generator().manual_seed(0)
-    for side in (side, teacher.size):
-        images = torch.randn(2, 3, side, side, generator=generator).to(own)
-        try:
-            with torch.no_grad():
-                teacher.backbone.features(images)
-            return images
-        except (RuntimeError, AssertionError, ValueError):  # a fixed or a smallest input size
-            if side == teacher.size:
-                raise
-    raise AssertionError
+    small = torch.randn(2, 3, min(_PROBE_SIDE, teacher.size), min(_PROBE_SIDE, teacher.size), generator=generator)
+    try:
+        with torch.no_grad():
+            teacher.backbone.features(small.to(own))
+    except (RuntimeError, AssertionError, ValueError):  # a fixed or a smallest input size
+        small = torch.randn(2, 3, teacher.size, teacher.size, generator=generator)
+    return small.to(own)
 
 
 def _disagreement(teacher: Teacher, body: Rewritten, images: Tensor) -> float:

@@ -39,7 +39,15 @@ log = logging.getLogger("fd2fast")
 _INERT = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, DropPath)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 # Modules, functions and methods that keep no activation for their backward when their own tensors are frozen.
-_LEAN_MODULES = (nn.Flatten, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Linear)
+_LEAN_MODULES = (
+    nn.Flatten,
+    nn.ZeroPad2d,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+    nn.Linear,
+)
 _LEAN_FUNCTIONS = {
     *_ADDITIONS,
     operator.getitem,
@@ -160,7 +168,7 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> Any:
     found = copy.deepcopy(module).to(dtype).requires_grad_(False)
     for part in found.modules():
         if getattr(part, "inplace", False) is True:
-            part.inplace = False
+            setattr(part, "inplace", False)  # noqa: B010 (nn.Module types attributes as tensors)
     return found
 
 
@@ -200,7 +208,7 @@ class _Layers:
                 return FrozenConv(layer, self.dtype, same=same)
             except ValueError:
                 return None
-        if type(layer) in (nn.MaxPool2d, MaxPool2dSame):
+        if type(layer) is nn.MaxPool2d or type(layer) is MaxPool2dSame:
             if layer.return_indices or layer.kernel_size == () or _area(layer.kernel_size) > 256:
                 return None
             return FrozenMaxPool(layer, same=type(layer) is MaxPool2dSame)
@@ -414,7 +422,9 @@ class _Fusion:
             module = self._module(node)
             dropout = node.op == "call_function" and node.target in (F.dropout, F.dropout2d)
             if isinstance(module, _INERT) or (dropout and not node.kwargs.get("training", False)):
-                node.replace_all_uses_with(node.args[0])
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                node.replace_all_uses_with(source)
                 self.graph.erase_node(node)
 
     def _functionalise(self) -> None:
@@ -563,7 +573,9 @@ class _Fusion:
     def _swap(self, node: fx.Node, module: nn.Module) -> None:
         name = self._add_part(module, node)
         with self.graph.inserting_before(node):
-            new = self.graph.create_node("call_module", name, node.args[:1] if isinstance(module, _Activation) else node.args)
+            new = self.graph.create_node(
+                "call_module", name, node.args[:1] if isinstance(module, _Activation) else node.args
+            )
             if not isinstance(module, _Activation):
                 new.kwargs = node.kwargs
         new.meta["done"] = True
@@ -588,7 +600,9 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 def _other_addend(user: fx.Node, node: fx.Node) -> fx.Node | None:
     """The other tensor that `user` adds to `node`, or None if it is no plain addition of two maps."""
-    plain = user.op == "call_function" and user.target in _ADDITIONS or user.op == "call_method" and user.target == "add"
+    plain = (
+        user.op == "call_function" and user.target in _ADDITIONS or user.op == "call_method" and user.target == "add"
+    )
     if not plain or user.kwargs or len(user.args) != 2:
         return None
     first, second = user.args
@@ -599,8 +613,8 @@ def _other_addend(user: fx.Node, node: fx.Node) -> fx.Node | None:
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    known = node.meta.get("tensor_meta")
-    return tuple(known.shape) if hasattr(known, "shape") else None
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    return None if shape is None else tuple(shape)
 
 
 def _between(node: fx.Node, last: fx.Node) -> list[fx.Node]:

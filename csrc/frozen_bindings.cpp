@@ -1,0 +1,118 @@
+// pybind11 only: addresses of torch tensors' memory in, the GIL released; the caller answers for shapes and types.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "frozen.hpp"
+
+namespace py = pybind11;
+using namespace fd2fast::frozen;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Pair = std::array<std::int64_t, 2>;
+
+template <typename T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+const float* floats(Address address) { return at<const float>(address); }
+
+std::vector<const void*> sources(const std::vector<Address>& addresses) {
+    std::vector<const void*> found;
+    for (const Address a : addresses) found.push_back(at<const void>(a));
+    return found;
+}
+
+BatchNorm batch_norm(const std::array<Address, 4>& constants, int activation) {
+    return {floats(constants[0]), floats(constants[1]), floats(constants[2]), floats(constants[3]),
+            static_cast<Activation>(activation)};
+}
+
+Window window(Pair kernel, Pair stride, Pair padding, Pair dilation, Pair in, Pair out) {
+    return {{kernel[0], kernel[1]}, {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]},
+            {in[0], in[1]},         {out[0], out[1]}};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_frozen, m) {
+    m.doc() = "CPU kernels of a frozen network's layers (csrc/frozen.hpp)";
+    using Release = py::call_guard<py::gil_scoped_release>;
+
+    py::class_<Map>(m, "Map")
+        .def(py::init([](bool half, std::vector<std::int64_t> segments, std::int64_t area, std::int64_t channels,
+                         int threads) {
+                 return Map{half ? Type::bfloat16 : Type::float32, std::move(segments), area, channels, threads};
+             }),
+             py::arg("half"), py::arg("segments"), py::arg("area"), py::arg("channels"), py::arg("threads"));
+
+    m.def(
+        "bn_act_forward",
+        [](const Map& map, std::array<Address, 4> constants, int activation, Address x, Address residual, Address y,
+           Address bits, Address mean, Address var, Address loss) {
+            bn_act_forward(map, batch_norm(constants, activation), at<const void>(x), at<const void>(residual), at<void>(y),
+                           at<std::uint8_t>(bits), at<float>(mean), at<float>(var), at<float>(loss));
+        },
+        Release());
+    m.def(
+        "bn_act_backward",
+        [](const Map& map, std::array<Address, 4> constants, int activation, Address x, Address grad, Address bits,
+           Address mean, Address var, Address grad_loss, Address grad_x, Address grad_residual) {
+            bn_act_backward(map, batch_norm(constants, activation), at<const void>(x), at<const void>(grad),
+                            at<const std::uint8_t>(bits), floats(mean), floats(var), floats(grad_loss), at<void>(grad_x),
+                            at<void>(grad_residual));
+        },
+        Release());
+    m.def(
+        "statistics",
+        [](const Map& map, Address x, Address mean, Address var) {
+            statistics(map, at<const void>(x), at<float>(mean), at<float>(var));
+        },
+        Release());
+    m.def(
+        "affine",
+        [](const Map& map, Address x, Address slope, Address offset, Address grad_x) {
+            affine(map, at<const void>(x), floats(slope), floats(offset), at<void>(grad_x));
+        },
+        Release());
+    m.def(
+        "join_forward",
+        [](const Map& map, std::array<Address, 4> constants, int activation, const std::vector<Address>& maps,
+           const std::vector<std::int64_t>& channels, Address y) {
+            join_forward(map, batch_norm(constants, activation), sources(maps), channels, at<void>(y));
+        },
+        Release());
+    m.def(
+        "join_backward",
+        [](const Map& map, std::array<Address, 4> constants, int activation, const std::vector<Address>& maps,
+           const std::vector<std::int64_t>& channels, Address grad, const std::vector<Address>& grads) {
+            std::vector<void*> to;
+            for (const Address a : grads) to.push_back(at<void>(a));
+            join_backward(map, batch_norm(constants, activation), sources(maps), channels, at<const void>(grad), to);
+        },
+        Release());
+    m.def(
+        "max_pool_forward",
+        [](bool half, std::int64_t images, std::int64_t channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
+           Pair in, Pair out, Address x, Address y, Address places, int threads) {
+            max_pool_forward(half ? Type::bfloat16 : Type::float32, images, channels,
+                             window(kernel, stride, padding, dilation, in, out), at<const void>(x), at<void>(y),
+                             at<std::uint8_t>(places), threads);
+        },
+        Release());
+    m.def(
+        "max_pool_backward",
+        [](bool half, std::int64_t images, std::int64_t channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
+           Pair in, Pair out, Address grad, Address places, Address grad_x, int threads) {
+            max_pool_backward(half ? Type::bfloat16 : Type::float32, images, channels,
+                              window(kernel, stride, padding, dilation, in, out), at<const void>(grad),
+                              at<const std::uint8_t>(places), at<void>(grad_x), threads);
+        },
+        Release());
+}

@@ -1,0 +1,481 @@
+// The inner loops of frozen.cpp, in vectors of 16, 8 and 1 channels; compiled once for each instruction set.
+// Nothing from the standard library is instantiated here: the linker could hand such a copy to a machine without the set.
+#include "frozen_kernels.hpp"
+
+#include <cstring>
+
+#define FD2FAST_INLINE inline __attribute__((always_inline))
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are never passed between functions that are not inlined
+#endif
+
+namespace fd2fast::frozen {
+namespace {
+
+using std::int64_t;
+using std::uint16_t;
+using std::uint32_t;
+using std::uint64_t;
+using std::uint8_t;
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+// W values of a type side by side.
+template <int W>
+struct Lanes {
+    typedef float F __attribute__((vector_size(W * 4)));
+    typedef uint32_t U __attribute__((vector_size(W * 4)));
+    typedef int32_t I __attribute__((vector_size(W * 4)));
+    typedef uint16_t H __attribute__((vector_size(W * 2)));
+    typedef uint8_t B __attribute__((vector_size(W)));
+};
+
+template <int W>
+using F = typename Lanes<W>::F;
+template <int W>
+using I = typename Lanes<W>::I;
+
+template <int W>
+FD2FAST_INLINE F<W> load(const float* p) {
+    F<W> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <int W>
+FD2FAST_INLINE F<W> load(const bfloat16* p) {
+    typename Lanes<W>::H h;
+    std::memcpy(&h, p, sizeof h);
+    return (F<W>)(__builtin_convertvector(h, typename Lanes<W>::U) << 16);
+}
+
+template <int W>
+FD2FAST_INLINE void store(float* p, F<W> v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+template <int W>
+FD2FAST_INLINE void store(bfloat16* p, F<W> v) {
+    using U = typename Lanes<W>::U;
+    const U u = (U)v;
+    const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const U kept = (v == v) ? rounded : ((u >> 16) | 0x40u);
+    const auto h = __builtin_convertvector(kept, typename Lanes<W>::H);
+    std::memcpy(p, &h, sizeof h);
+}
+
+template <Activation A, int W>
+FD2FAST_INLINE F<W> activate(F<W> v) {
+    const F<W> zero = {};
+    // a comparison with NaN is false: NaN passes, as in torch
+    if constexpr (A != Activation::identity) v = (v < zero) ? zero : v;
+    if constexpr (A == Activation::relu6) v = (v > zero + 6.0f) ? zero + 6.0f : v;
+    return v;
+}
+
+// All ones where the slope is 1.
+template <Activation A, int W>
+FD2FAST_INLINE I<W> is_open(F<W> v) {
+    const F<W> zero = {};
+    if constexpr (A == Activation::identity) return (I<W>)(zero == zero);
+    if constexpr (A == Activation::relu) return (I<W>)(v > zero);
+    return (I<W>)(v > zero) & (I<W>)(v < zero + 6.0f);
+}
+
+template <int W>
+FD2FAST_INLINE F<W> masked(F<W> v, I<W> mask) {
+    return (F<W>)((I<W>)v & mask);
+}
+
+constexpr uint64_t gather = 0x0102040810204080u;  // bit 0 of eight bytes into one byte
+constexpr uint64_t spread = 0x0101010101010101u;
+constexpr uint64_t select = 0x8040201008040201u;
+
+// W <= 16 lanes' masks as bits; W is 1 for the channels behind the last eight: `bit` is the place in the byte.
+template <int W>
+FD2FAST_INLINE void put_bits(uint8_t* bytes, int bit, I<W> mask) {
+    if constexpr (W == 1) {
+        if (bit == 0) *bytes = 0;
+        *bytes |= static_cast<uint8_t>((mask[0] & 1) << bit);
+    } else {
+        const auto ones = __builtin_convertvector(mask & 1, typename Lanes<W>::B);
+        uint64_t words[W / 8];
+        std::memcpy(words, &ones, W);
+        for (int i = 0; i < W / 8; ++i) bytes[i] = static_cast<uint8_t>((words[i] * gather) >> 56);
+    }
+}
+
+template <int W>
+FD2FAST_INLINE I<W> get_bits(const uint8_t* bytes, int bit) {
+    if constexpr (W == 1) {
+        I<1> mask;
+        mask[0] = -((*bytes >> bit) & 1);
+        return mask;
+    } else {
+        uint64_t words[W / 8];
+        for (int i = 0; i < W / 8; ++i) words[i] = (bytes[i] * spread) & select;
+        typename Lanes<W>::B chosen;
+        std::memcpy(&chosen, words, W);
+        return (I<W>)(__builtin_convertvector(chosen, I<W>) != 0);
+    }
+}
+
+// Calls body.run<W>(c) for all channels, 16, 8, then 1 at a time.
+template <typename Body>
+FD2FAST_INLINE void for_channels(int64_t channels, const Body& body) {
+    int64_t c = 0;
+    for (; c + 16 <= channels; c += 16) body.template run<16>(c);
+    if (c + 8 <= channels) {
+        body.template run<8>(c);
+        c += 8;
+    }
+    for (; c < channels; ++c) body.template run<1>(c);
+}
+
+constexpr int pixels_at_once = 8;
+
+template <typename T, Activation A, bool Residual>
+struct Forward {
+    const T *x, *residual;
+    T* y;
+    uint8_t* bits;
+    const float *scale, *shift, *origin;
+    float *sum, *squares;
+    int64_t channels, bytes;
+    int pixels;
+
+    template <int W>
+    FD2FAST_INLINE void run(int64_t c) const {
+        const F<W> k = load<W>(scale + c), b = load<W>(shift + c), o = load<W>(origin + c);
+        F<W> s = load<W>(sum + c), q = load<W>(squares + c);
+        for (int p = 0; p < pixels; ++p) {
+            const int64_t at = p * channels + c;
+            const F<W> v = load<W>(x + at);
+            const F<W> d = v - o;
+            s += d;
+            q += d * d;
+            F<W> z = v * k + b;
+            if constexpr (Residual) {
+                z += load<W>(residual + at);
+                if constexpr (A != Activation::identity)
+                    put_bits<W>(bits + p * bytes + c / 8, static_cast<int>(c % 8), is_open<A, W>(z));
+            }
+            store<W>(y + at, activate<A, W>(z));
+        }
+        store<W>(sum + c, s);
+        store<W>(squares + c, q);
+    }
+};
+
+template <typename T, Activation A, bool Residual>
+struct Backward {
+    const T *x, *grad;
+    const uint8_t* bits;
+    const float *scale, *shift, *slope, *offset;
+    T *grad_x, *grad_residual;
+    int64_t channels, bytes;
+    int pixels;
+
+    template <int W>
+    FD2FAST_INLINE void run(int64_t c) const {
+        const F<W> k = load<W>(scale + c), b = load<W>(shift + c);
+        const F<W> m = load<W>(slope + c), t = load<W>(offset + c);
+        for (int p = 0; p < pixels; ++p) {
+            const int64_t at = p * channels + c;
+            const F<W> v = load<W>(x + at);
+            F<W> g = load<W>(grad + at);
+            if constexpr (A != Activation::identity) {
+                if constexpr (Residual)
+                    g = masked<W>(g, get_bits<W>(bits + p * bytes + c / 8, static_cast<int>(c % 8)));
+                else
+                    g = masked<W>(g, is_open<A, W>(v * k + b));
+            }
+            store<W>(grad_x + at, g * k + (v * m + t));
+            if constexpr (Residual) store<W>(grad_residual + at, g);
+        }
+    }
+};
+
+template <typename T>
+struct Sums {
+    const T* x;
+    const float* origin;
+    float *sum, *squares;
+    int64_t channels;
+    int pixels;
+
+    template <int W>
+    FD2FAST_INLINE void run(int64_t c) const {
+        const F<W> o = load<W>(origin + c);
+        F<W> s = load<W>(sum + c), q = load<W>(squares + c);
+        for (int p = 0; p < pixels; ++p) {
+            const F<W> d = load<W>(x + p * channels + c) - o;
+            s += d;
+            q += d * d;
+        }
+        store<W>(sum + c, s);
+        store<W>(squares + c, q);
+    }
+};
+
+template <typename T>
+struct Affine {
+    const T* x;
+    const float *slope, *offset;
+    T* out;
+
+    template <int W>
+    FD2FAST_INLINE void run(int64_t c) const {
+        store<W>(out + c, load<W>(x + c) * load<W>(slope + c) + load<W>(offset + c));
+    }
+};
+
+template <typename T, Activation A>
+struct ScaleShift {
+    const T* x;
+    T* y;
+    const float *scale, *shift;
+
+    template <int W>
+    FD2FAST_INLINE void run(int64_t c) const {
+        store<W>(y + c, activate<A, W>(load<W>(x + c) * load<W>(scale + c) + load<W>(shift + c)));
+    }
+};
+
+template <typename T, Activation A>
+struct ScaleShiftGrad {
+    const T *x, *grad;
+    T* out;
+    const float *scale, *shift;
+
+    template <int W>
+    FD2FAST_INLINE void run(int64_t c) const {
+        const F<W> k = load<W>(scale + c);
+        F<W> g = load<W>(grad + c);
+        if constexpr (A != Activation::identity)
+            g = masked<W>(g, is_open<A, W>(load<W>(x + c) * k + load<W>(shift + c)));
+        store<W>(out + c, g * k);
+    }
+};
+
+FD2FAST_INLINE int at_most(int64_t n) { return static_cast<int>(n < pixels_at_once ? n : pixels_at_once); }
+
+FD2FAST_INLINE void clear(float* sums, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) sums[i] = 0.0f;
+}
+
+template <typename T, Activation A, bool R>
+FD2FAST_INLINE void forward_chunk(const Chunk& k, const BatchNorm& bn, const T* x, const T* residual, T* y, uint8_t* bits,
+                                  float* sums) {
+    const int64_t c = k.channels, bytes = (c + 7) / 8;
+    clear(sums, 2 * c);
+    for (int64_t p = k.first; p < k.end; p += pixels_at_once)
+        for_channels(c, Forward<T, A, R>{x + p * c, R ? residual + p * c : nullptr, y + p * c,
+                                         R ? bits + p * bytes : nullptr, bn.scale, bn.shift, bn.running_mean, sums,
+                                         sums + c, c, bytes, at_most(k.end - p)});
+}
+
+template <typename T, Activation A, bool R>
+FD2FAST_INLINE void backward_chunk(const Chunk& k, const BatchNorm& bn, const T* x, const T* grad, const uint8_t* bits,
+                                   const float* slope, const float* offset, T* grad_x, T* grad_residual) {
+    const int64_t c = k.channels, bytes = (c + 7) / 8;
+    for (int64_t p = k.first; p < k.end; p += pixels_at_once)
+        for_channels(c, Backward<T, A, R>{x + p * c, grad + p * c, R ? bits + p * bytes : nullptr, bn.scale, bn.shift,
+                                          slope, offset, grad_x + p * c, R ? grad_residual + p * c : nullptr, c, bytes,
+                                          at_most(k.end - p)});
+}
+
+template <Activation A>
+struct Tag {
+    static constexpr Activation value = A;
+};
+
+template <typename Work>
+FD2FAST_INLINE void by_activation(Activation activation, const Work& work) {
+    switch (activation) {
+        case Activation::identity: return work(Tag<Activation::identity>{});
+        case Activation::relu: return work(Tag<Activation::relu>{});
+        case Activation::relu6: return work(Tag<Activation::relu6>{});
+    }
+}
+
+template <typename T>
+void forward(const Chunk& chunk, const BatchNorm& bn, const void* source, const void* added, void* result, uint8_t* bits,
+             float* sums) {
+    const T *x = static_cast<const T*>(source), *residual = static_cast<const T*>(added);
+    T* y = static_cast<T*>(result);
+    by_activation(bn.activation, [&](auto tag) {
+        constexpr Activation A = decltype(tag)::value;
+        if (residual != nullptr)
+            forward_chunk<T, A, true>(chunk, bn, x, residual, y, bits, sums);
+        else
+            forward_chunk<T, A, false>(chunk, bn, x, residual, y, bits, sums);
+    });
+}
+
+template <typename T>
+void backward(const Chunk& chunk, const BatchNorm& bn, const void* source, const void* gradient, const uint8_t* bits,
+              const float* slope, const float* offset, void* result, void* added) {
+    const T *x = static_cast<const T*>(source), *grad = static_cast<const T*>(gradient);
+    T *grad_x = static_cast<T*>(result), *grad_residual = static_cast<T*>(added);
+    by_activation(bn.activation, [&](auto tag) {
+        constexpr Activation A = decltype(tag)::value;
+        if (grad_residual != nullptr)
+            backward_chunk<T, A, true>(chunk, bn, x, grad, bits, slope, offset, grad_x, grad_residual);
+        else
+            backward_chunk<T, A, false>(chunk, bn, x, grad, bits, slope, offset, grad_x, grad_residual);
+    });
+}
+
+template <typename T>
+void sums(const Chunk& chunk, const void* x, const float* origin, float* found) {
+    const int64_t c = chunk.channels;
+    clear(found, 2 * c);
+    for (int64_t p = chunk.first; p < chunk.end; p += pixels_at_once)
+        for_channels(c, Sums<T>{static_cast<const T*>(x) + p * c, origin, found, found + c, c, at_most(chunk.end - p)});
+}
+
+template <typename T>
+void affine(const Chunk& chunk, const void* x, const float* slope, const float* offset, void* out) {
+    const int64_t c = chunk.channels;
+    for (int64_t p = chunk.first; p < chunk.end; ++p)
+        for_channels(c, Affine<T>{static_cast<const T*>(x) + p * c, slope, offset, static_cast<T*>(out) + p * c});
+}
+
+template <typename T>
+void join(const Chunk& chunk, const BatchNorm& bn, const Part& part, void* result) {
+    const T* x = static_cast<const T*>(part.map);
+    T* y = static_cast<T*>(result) + part.first;
+    const float *scale = bn.scale + part.first, *shift = bn.shift + part.first;
+    by_activation(bn.activation, [&](auto tag) {
+        for (int64_t p = chunk.first; p < chunk.end; ++p)
+            for_channels(part.channels, ScaleShift<T, decltype(tag)::value>{x + p * part.channels, y + p * chunk.channels,
+                                                                            scale, shift});
+    });
+}
+
+template <typename T>
+void split(const Chunk& chunk, const BatchNorm& bn, const Part& part, const void* gradient, void* result) {
+    const T *x = static_cast<const T*>(part.map), *grad = static_cast<const T*>(gradient) + part.first;
+    T* out = static_cast<T*>(result);
+    const float *scale = bn.scale + part.first, *shift = bn.shift + part.first;
+    by_activation(bn.activation, [&](auto tag) {
+        for (int64_t p = chunk.first; p < chunk.end; ++p)
+            for_channels(part.channels,
+                         ScaleShiftGrad<T, decltype(tag)::value>{x + p * part.channels, grad + p * chunk.channels,
+                                                                 out + p * part.channels, scale, shift});
+    });
+}
+
+// One output row (over all images): the first maximum of each window.
+template <typename T>
+struct PoolPixel {
+    const Window& w;
+    int64_t channels, top, left;
+    const T* x;  // the image
+    T* y;
+    uint8_t* places;
+
+    template <int W>
+    FD2FAST_INLINE void run(int64_t c) const {
+        F<W> best = F<W>{} - __builtin_inff();
+        I<W> place = {};
+        for (int64_t i = 0; i < w.kernel[0]; ++i) {
+            const int64_t row = top + i * w.dilation[0];
+            if (row < 0 || row >= w.in[0]) continue;
+            for (int64_t j = 0; j < w.kernel[1]; ++j) {
+                const int64_t column = left + j * w.dilation[1];
+                if (column < 0 || column >= w.in[1]) continue;
+                const F<W> v = load<W>(x + (row * w.in[1] + column) * channels + c);
+                const I<W> better = (I<W>)(v > best) | (I<W>)(v != v);
+                best = better ? v : best;
+                place = better ? I<W>{} + static_cast<int32_t>(i * w.kernel[1] + j) : place;
+            }
+        }
+        store<W>(y + c, best);
+        const auto bytes = __builtin_convertvector(place, typename Lanes<W>::B);
+        std::memcpy(places + c, &bytes, W);
+    }
+};
+
+template <typename T>
+void pool_row(const Window& w, int64_t channels, int64_t row, const void* source, void* result, uint8_t* places) {
+    const T* x = static_cast<const T*>(source);
+    T* y = static_cast<T*>(result);
+    const int64_t image = row / w.out[0], i = row % w.out[0];
+    const T* from = x + image * w.in[0] * w.in[1] * channels;
+    for (int64_t j = 0; j < w.out[1]; ++j) {
+        const int64_t at = (row * w.out[1] + j) * channels;
+        for_channels(channels, PoolPixel<T>{w, channels, i * w.stride[0] - w.padding[0], j * w.stride[1] - w.padding[1],
+                                            from, y + at, places + at});
+    }
+}
+
+// One input pixel: the sum over the windows whose maximum it is.
+template <typename T>
+struct UnpoolPixel {
+    const Window& w;
+    int64_t channels, row, column, first_row, last_row, first_column, last_column;
+    const T* grad;  // the image's
+    const uint8_t* places;
+    T* out;
+
+    template <int W>
+    FD2FAST_INLINE void run(int64_t c) const {
+        F<W> sum = {};
+        for (int64_t i = first_row; i <= last_row; ++i) {
+            const int64_t down = row + w.padding[0] - i * w.stride[0];
+            if (down % w.dilation[0] != 0) continue;
+            for (int64_t j = first_column; j <= last_column; ++j) {
+                const int64_t right = column + w.padding[1] - j * w.stride[1];
+                if (right % w.dilation[1] != 0) continue;
+                const int64_t at = (i * w.out[1] + j) * channels + c;
+                typename Lanes<W>::B bytes;
+                std::memcpy(&bytes, places + at, W);
+                const int32_t wanted =
+                    static_cast<int32_t>(down / w.dilation[0] * w.kernel[1] + right / w.dilation[1]);
+                const I<W> here = (I<W>)(__builtin_convertvector(bytes, I<W>) == I<W>{} + wanted);
+                sum += masked<W>(load<W>(grad + at), here);
+            }
+        }
+        store<W>(out + c, sum);
+    }
+};
+
+// First and last window along one axis that hold input index v.
+FD2FAST_INLINE void windows_of(const Window& w, int axis, int64_t v, int64_t& first, int64_t& last) {
+    const int64_t reach = (w.kernel[axis] - 1) * w.dilation[axis], s = w.stride[axis], u = v + w.padding[axis];
+    first = u <= reach ? 0 : (u - reach + s - 1) / s;
+    last = u / s < w.out[axis] ? u / s : w.out[axis] - 1;
+}
+
+template <typename T>
+void unpool_row(const Window& w, int64_t channels, int64_t row, const void* source, const uint8_t* places, void* result) {
+    const T* grad = static_cast<const T*>(source);
+    T* grad_x = static_cast<T*>(result);
+    const int64_t image = row / w.in[0], i = row % w.in[0], from = image * w.out[0] * w.out[1] * channels;
+    int64_t a, b, c, d;
+    windows_of(w, 0, i, a, b);
+    for (int64_t j = 0; j < w.in[1]; ++j) {
+        windows_of(w, 1, j, c, d);
+        for_channels(channels, UnpoolPixel<T>{w, channels, i, j, a, b, c, d, grad + from, places + from,
+                                              grad_x + (row * w.in[1] + j) * channels});
+    }
+}
+
+template <typename T>
+constexpr Kernels kernels_for = {forward<T>, backward<T>, sums<T>, affine<T>, join<T>, split<T>, pool_row<T>, unpool_row<T>};
+
+}  // namespace
+
+namespace FD2FAST_ISA {
+const Kernels& kernels(Type type) {
+    return type == Type::float32 ? kernels_for<float> : kernels_for<bfloat16>;
+}
+}  // namespace FD2FAST_ISA
+
+}  // namespace fd2fast::frozen

@@ -1,0 +1,81 @@
+"""Types of the C++ kernels of csrc/frozen.hpp; every int that is not a size is the address of a tensor's memory, 0 for none."""
+
+from collections.abc import Sequence
+
+class Map:
+    def __init__(self, half: bool, segments: Sequence[int], area: int, channels: int, threads: int) -> None: ...
+
+def bn_act_forward(
+    map: Map,
+    constants: Sequence[int],
+    activation: int,
+    x: int,
+    residual: int,
+    y: int,
+    bits: int,
+    mean: int,
+    var: int,
+    loss: int,
+    /,
+) -> None: ...
+def bn_act_backward(
+    map: Map,
+    constants: Sequence[int],
+    activation: int,
+    x: int,
+    grad: int,
+    bits: int,
+    mean: int,
+    var: int,
+    grad_loss: int,
+    grad_x: int,
+    grad_residual: int,
+    /,
+) -> None: ...
+def statistics(map: Map, x: int, mean: int, var: int, /) -> None: ...
+def affine(map: Map, x: int, slope: int, offset: int, grad_x: int, /) -> None: ...
+def join_forward(
+    map: Map, constants: Sequence[int], activation: int, maps: Sequence[int], channels: Sequence[int], y: int, /
+) -> None: ...
+def join_backward(
+    map: Map,
+    constants: Sequence[int],
+    activation: int,
+    maps: Sequence[int],
+    channels: Sequence[int],
+    grad: int,
+    grads: Sequence[int],
+    /,
+) -> None: ...
+def max_pool_forward(
+    half: bool,
+    images: int,
+    channels: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    size: Sequence[int],
+    out: Sequence[int],
+    x: int,
+    y: int,
+    places: int,
+    threads: int,
+    /,
+) -> None: ...
+def max_pool_backward(
+    half: bool,
+    images: int,
+    channels: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    size: Sequence[int],
+    out: Sequence[int],
+    grad: int,
+    places: int,
+    grad_x: int,
+    threads: int,
+    /,
+) -> None: ...

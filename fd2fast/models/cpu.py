@@ -1,0 +1,208 @@
+"""Typed face of the C++ kernels for a frozen network's layers: tensors in, tensors out, no autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch  # before _frozen, so that both share one OpenMP runtime
+from torch import Tensor
+
+_native: ModuleType | None
+try:
+    from fd2fast import _frozen as _native
+except ImportError as error:
+    _native, WHY_NOT = None, f"the C++ kernels are not built: {error}"
+else:
+    WHY_NOT = ""
+
+_ACTIVATIONS = {"identity": 0, "relu": 1, "relu6": 2}
+_TYPES = (torch.float32, torch.bfloat16)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels can work on maps such as x [N, C, H, W]: CPU, fp32 or bf16, dense channels_last, a plain tensor."""
+    return (
+        _native is not None
+        and not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype in _TYPES
+        and x.ndim == 4
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """A tensor in the type and memory order of x."""
+    return tensor.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _map(x: Tensor, segments: Sequence[int], channels: int | None = None) -> Any:
+    assert _native is not None
+    area = x.shape[2] * x.shape[3]
+    wide = x.shape[1] if channels is None else channels
+    return _native.Map(x.dtype == torch.bfloat16, segments, area, wide, torch.get_num_threads())
+
+
+def _pointers(constants: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in constants]
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def bn_act_forward(
+    x: Tensor, residual: Tensor | None, constants: Sequence[Tensor], segments: Sequence[int], activation: str
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """y, bits (with residual and activation; else None), mean and variance [S, C], loss [S].
+
+    constants: scale, shift, running_mean, running_var, float32 [C] each, contiguous.
+    """
+    assert _native is not None
+    n, c, h, w = x.shape
+    mean, var = torch.empty(2, len(segments) - 1, c).unbind()
+    loss = torch.empty(len(segments) - 1)
+    y, bits = _empty_like(x), None
+    if residual is not None:
+        residual = _like(residual, x)
+        if activation != "identity":
+            bits = torch.empty(n * h * w, (c + 7) // 8, dtype=torch.uint8)
+    _native.bn_act_forward(
+        _map(x, segments),
+        _pointers(constants),
+        _ACTIVATIONS[activation],
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        y.data_ptr(),
+        0 if bits is None else bits.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        loss.data_ptr(),
+    )
+    return y, bits, mean, var, loss
+
+
+def bn_act_backward(
+    x: Tensor,
+    grad: Tensor,
+    bits: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    grad_loss: Tensor,
+    constants: Sequence[Tensor],
+    segments: Sequence[int],
+    activation: str,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of the residual (None without one) from those of y and of the loss."""
+    assert _native is not None
+    grad, grad_loss = _like(grad, x), grad_loss.float().contiguous()
+    grad_x = _empty_like(x)
+    if with_residual and activation == "identity":
+        grad_residual, own = grad, None
+    else:
+        grad_residual = own = _empty_like(x) if with_residual else None  # type: ignore[assignment]
+    _native.bn_act_backward(
+        _map(x, segments),
+        _pointers(constants),
+        _ACTIVATIONS[activation],
+        x.data_ptr(),
+        grad.data_ptr(),
+        0 if bits is None else bits.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        grad_loss.data_ptr(),
+        grad_x.data_ptr(),
+        0 if own is None else own.data_ptr(),
+    )
+    return grad_x, grad_residual if with_residual else None
+
+
+def statistics(x: Tensor, segments: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [S, C], float32."""
+    assert _native is not None
+    mean, var = torch.empty(2, len(segments) - 1, x.shape[1]).unbind()
+    _native.statistics(_map(x, segments), x.data_ptr(), mean.data_ptr(), var.data_ptr())
+    return mean, var
+
+
+def affine(x: Tensor, slope: Tensor, offset: Tensor, segments: Sequence[int]) -> Tensor:
+    """x slope + offset, with float32 [S, C] of each."""
+    assert _native is not None
+    out, slope, offset = _empty_like(x), slope.contiguous(), offset.contiguous()
+    _native.affine(_map(x, segments), x.data_ptr(), slope.data_ptr(), offset.data_ptr(), out.data_ptr())
+    return out
+
+
+def join_forward(maps: Sequence[Tensor], constants: Sequence[Tensor], activation: str) -> Tensor:
+    """activation(cat(maps) scale + shift); the maps all as `takes` wants them."""
+    assert _native is not None
+    n, _, h, w = maps[0].shape
+    channels = [x.shape[1] for x in maps]
+    y = torch.empty(n, sum(channels), h, w, dtype=maps[0].dtype, memory_format=torch.channels_last)
+    _native.join_forward(
+        _map(y, (0, n)), _pointers(constants), _ACTIVATIONS[activation], _pointers(maps), channels, y.data_ptr()
+    )
+    return y
+
+
+def join_backward(maps: Sequence[Tensor], grad: Tensor, constants: Sequence[Tensor], activation: str) -> list[Tensor]:
+    """The maps' gradients from that of `join_forward`'s result."""
+    assert _native is not None
+    grad, grads = _like(grad, maps[0]), [_empty_like(x) for x in maps]
+    _native.join_backward(
+        _map(grad, (0, grad.shape[0])),
+        _pointers(constants),
+        _ACTIVATIONS[activation],
+        _pointers(maps),
+        [x.shape[1] for x in maps],
+        grad.data_ptr(),
+        _pointers(grads),
+    )
+    return grads
+
+
+def max_pool_forward(x: Tensor, window: Sequence[Sequence[int]], out: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Max pooling and the uint8 places of the maxima within their windows; window: kernel, stride, padding, dilation."""
+    assert _native is not None
+    n, c, *size = x.shape
+    y = torch.empty(n, c, *out, dtype=x.dtype, memory_format=torch.channels_last)
+    places = torch.empty(n, c, *out, dtype=torch.uint8, memory_format=torch.channels_last)
+    _native.max_pool_forward(
+        x.dtype == torch.bfloat16,
+        n,
+        c,
+        *window,
+        size,
+        out,
+        x.data_ptr(),
+        y.data_ptr(),
+        places.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y, places
+
+
+def max_pool_backward(grad: Tensor, places: Tensor, window: Sequence[Sequence[int]], shape: Sequence[int]) -> Tensor:
+    """The input's gradient [shape]."""
+    assert _native is not None
+    n, c, *size = shape
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    found = torch.empty(n, c, *size, dtype=grad.dtype, memory_format=torch.channels_last)
+    _native.max_pool_backward(
+        grad.dtype == torch.bfloat16,
+        n,
+        c,
+        *window,
+        size,
+        list(grad.shape[2:]),
+        grad.data_ptr(),
+        places.data_ptr(),
+        found.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return found
