@@ -1,5 +1,6 @@
 """The package as installed: light import, kernels in one place only, version, entry point."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +45,9 @@ def test_version_is_the_installed_one():
     assert fd2fast.__version__ == importlib.metadata.version("fd2fast")
 
 
-def test_the_planner_extension_links_neither_torch_nor_cuda():
-    from fd2fast import _planner
-
-    linked = subprocess.run(["ldd", _planner.__file__], capture_output=True, text=True, check=True).stdout
-    assert not [line for line in linked.splitlines() if "torch" in line or "cuda" in line or "python" in line]
+@pytest.mark.parametrize("name", ["_planner", "_frozen"])
+def test_extensions_link_neither_torch_nor_cuda(name):
+    extension = importlib.import_module(f"fd2fast.{name}")
+    linked = subprocess.run(["ldd", extension.__file__], capture_output=True, text=True, check=True).stdout
+    names = [line.split()[0] for line in linked.splitlines()]
+    assert not [n for n in names if "torch" in n or "cuda" in n or "python" in n]

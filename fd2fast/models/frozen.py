@@ -36,8 +36,8 @@ def _common_length(segments: Segments) -> int | None:
 
 
 def _make_owner(segments: Segments, device: torch.device) -> Tensor:
-    lengths = torch.tensor([b - a for a, b in zip(segments, segments[1:], strict=False)])
-    return torch.repeat_interleave(torch.arange(len(segments) - 1), lengths).to(device)
+    rows = [s for s, (a, b) in enumerate(zip(segments, segments[1:], strict=False)) for _ in range(a, b)]
+    return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
 _kept_owner = lru_cache(maxsize=1024)(_make_owner)

@@ -138,7 +138,7 @@ def _disagreement(teacher: Teacher, body: Rewritten, images: Tensor) -> float:
         measured[name] = measured.get(name, 0.0) + loss
 
     handles = [
-        layer.register_forward_pre_hook(lambda module, inputs, name=name: measure(name, module, inputs[0]))  # type: ignore[misc]
+        layer.register_forward_pre_hook(lambda module, inputs, name=name: measure(name, module, inputs[0]))
         for name, layer in layers
     ]
     try:
