@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,16 +9,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fd2fast import ops
 from fd2fast.config import DistillConfig
 from fd2fast.errors import UserError
+from fd2fast.models.fused import FusedTeacher, fuse
+from fd2fast.models.teacher import Teacher
 
 # Columns of the losses that `GroupedStep.iterate` returns.
 TERMS = ("total", "ce_backbone", "ce_cal", "bn", "l_f", "l_s")
 
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST_SCALE = 2.0**16
 _GROWTH_INTERVAL = 2000
 
@@ -44,6 +44,11 @@ class _Part:
     index: Tensor  # int64: the segments, on the device
 
 
+def map_dtype(precision: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of a fused teacher's maps: bf16 or fp16 where `precision` says so, else `dtype`, that of the images."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, dtype)
+
+
 def segment_mean_matrix(offsets: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """[S, N] with 1 / rows of segment s at its rows, so that its product with [N] gives the segment means."""
     matrix = torch.zeros(len(offsets) - 1, offsets[-1], dtype=dtype)
@@ -61,41 +66,6 @@ def committee_weights(accuracies: Sequence[float], rule: str) -> list[float]:
     return [p / sum(powers) for p in powers]
 
 
-class _BatchNormCapture:
-    """Measures the matching loss of every BN layer's input during a forward pass, per segment."""
-
-    def __init__(self, layers: Sequence[tuple[str, nn.BatchNorm2d]], first_multiplier: float):
-        self.total: Tensor | None = None
-        self._offsets: tuple[int, ...] | None = None
-        factors = [first_multiplier] + [1.0] * (len(layers) - 1)
-        self._handles = [
-            layer.register_forward_pre_hook(self._hook(factor))
-            for (_, layer), factor in zip(layers, factors, strict=True)
-        ]
-
-    def _hook(self, factor: float) -> Any:
-        def measure(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if self._offsets is None:
-                return
-            loss = ops.bn_matching(inputs[0], layer.running_mean, layer.running_var, self._offsets)  # type: ignore[arg-type]
-            loss = loss if factor == 1.0 else loss * factor
-            self.total = loss if self.total is None else self.total + loss
-
-        return measure
-
-    @contextlib.contextmanager
-    def on(self, offsets: tuple[int, ...]) -> Any:
-        self._offsets, self.total = offsets, None
-        try:
-            yield self
-        finally:
-            self._offsets = None
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
 class GroupedStep:
     """Images [N, 3, S, S] of several segments with their Adam moments, advanced one iteration at a time.
 
@@ -106,7 +76,7 @@ class GroupedStep:
     def __init__(
         self,
         config: DistillConfig,
-        teachers: Sequence[Any],
+        teachers: Sequence[Teacher | FusedTeacher],
         initial: Tensor,
         labels: Tensor,
         offsets: Sequence[int],
@@ -116,7 +86,7 @@ class GroupedStep:
         committees: Sequence[Sequence[int]] | None = None,
         priors: Sequence[Priors | None] | None = None,
     ):
-        """config: resolved. teachers: frozen, eval mode, on the device and in the type of `initial`.
+        """config: resolved. teachers: frozen, eval mode, on the device and in the type of `initial`; plain or already fused.
 
         initial: normalised [N, 3, S, S] at full size; labels: int [N]; offsets: row offsets [segments + 1]; low, high: [3];
         committees[segment]: indices of its teachers in their order (None: all); priors[teacher]: its attention of the
@@ -148,10 +118,8 @@ class GroupedStep:
             for c in self.committees
         ]
         self._alphas = [self._alpha(teacher) for teacher in self.teachers]
-        self._captures = [
-            _BatchNormCapture(self._layers(teacher, alpha), config.first_bn_multiplier)
-            for teacher, alpha in zip(self.teachers, self._alphas, strict=True)
-        ]
+        maps = map_dtype(config.precision, initial.dtype)
+        self._fused = [t if isinstance(t, FusedTeacher) else fuse(t, maps) for t in self.teachers]
         self._parts: dict[tuple[int, ...], _Part] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
         self._resized_priors: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Priors] = {}
@@ -197,16 +165,11 @@ class GroupedStep:
             return 0.0
         return float(teacher.alpha if self.config.alpha is None else self.config.alpha)
 
-    @staticmethod
-    def _layers(teacher: Any, alpha: float) -> list[tuple[str, nn.BatchNorm2d]]:
-        """The CAL head's own BN counts only when its branch does."""
-        layers = teacher.bn_layers()
-        return layers if alpha > 0 else layers[:-1]
-
     def close(self) -> None:
-        """Take the hooks off the teachers."""
-        for capture in self._captures:
-            capture.close()
+        """Let go of the teachers and what was prepared for them."""
+        self._fused.clear()
+        self._parts.clear()
+        self._resized_priors.clear()
 
     def __enter__(self) -> GroupedStep:
         return self
@@ -303,23 +266,18 @@ class GroupedStep:
         found = self._resized_priors[key]
         return found if len(found.maps) else None
 
-    def _autocast(self) -> Any:
-        if self.config.precision in _HALF:
-            return torch.autocast(self.device.type, dtype=_HALF[self.config.precision])
-        return contextlib.nullcontext()
-
     def _teacher_losses(self, index: int, view: Tensor, part: _Part) -> Tensor:
         """[segments of the part, TERMS] of one teacher, with its graph; column 0 is the weighted total (Eq. 12)."""
-        config, teacher, alpha = self.config, self.teachers[index], self._alphas[index]
+        config, teacher, alpha = self.config, self._fused[index], self._alphas[index]
         assert config.r_bn is not None
         assert config.lam is not None
-        with self._autocast(), self._captures[index].on(part.offsets) as capture:
-            if config.fd2:
-                out = teacher(view)
-                logits = out.logits
-            else:
-                logits = teacher.backbone.logits(teacher.backbone.features(view))
-        bn = capture.total
+        first = config.first_bn_multiplier
+        if config.fd2:
+            # the CAL head's own BN counts only when its branch does
+            out, bn = teacher(view, part.offsets, first_bn_multiplier=first, cal_bn=alpha > 0)
+            logits = out.logits
+        else:
+            logits, bn = teacher.backbone_logits(view, part.offsets, first_bn_multiplier=first)
         zero = torch.zeros_like(bn)
 
         def mean(values: Tensor) -> Tensor:

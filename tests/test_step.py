@@ -253,12 +253,15 @@ def test_one_row_has_the_gradient_of_its_row(name: str, channels_last: bool) -> 
     assert alone.abs().max() > 1e-6
 
 
-def test_hooks_are_removed() -> None:
+def test_teachers_are_left_as_they_were() -> None:
     teacher = tiny_teacher(SMALL, CLASSES, dtype=torch.float32)
-    config = tiny_config("sre2l++_fd2", classes=CLASSES, iterations=(1,), precision="fp32")
-    with one_segment(config, [teacher]):
-        assert all(layer._forward_pre_hooks for _, layer in teacher.bn_layers())
-    assert not any(layer._forward_pre_hooks for _, layer in teacher.bn_layers())
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    config = tiny_config("sre2l++_fd2", classes=CLASSES, iterations=(1,), precision="bf16")
+    with one_segment(config, [teacher]) as step:
+        step.iterate(table(config, [0], 0, SIZE))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in teacher.modules())
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_segment_means() -> None:

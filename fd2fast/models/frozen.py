@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fd2fast.models import cpu
-from fd2fast.ops import _dispatch, bilinear_attention_pool, bn_act_matching
+from fd2fast.ops import _dispatch, bilinear_attention_pool, bn_act, bn_act_matching, segment_statistics
 
 Segments = tuple[int, ...]
 
@@ -86,10 +86,8 @@ def distance(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tenso
     """|var_s - running_var| + |mean_s - running_mean| [S]; 0 for an empty segment. Differentiable in mean and var."""
     norm = torch.linalg.vector_norm
     loss = norm(var - running_var, dim=1) + norm(mean - running_mean, dim=1)
-    if _common_length(segments) is None:
-        filled = torch.tensor([float(b > a) for a, b in zip(segments, segments[1:], strict=False)])
-        loss = loss * filled.to(loss)
-    return loss
+    filled = [float(b > a) for a, b in zip(segments, segments[1:], strict=False)]
+    return loss if all(filled) else loss * torch.tensor(filled).to(loss)
 
 
 class _Statistics(torch.autograd.Function):
@@ -123,6 +121,8 @@ def _affine(
 
 def map_statistics(x: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """`statistics` with gradient, for maps whose channels several BN layers see: taken once, compared often."""
+    if _dispatch.choose("segment_statistics", (x,), "auto") == "triton":
+        return segment_statistics(x, segments)
     return _Statistics.apply(x, segments)
 
 
@@ -289,6 +289,31 @@ class _JoinedBnAct(torch.autograd.Function):
         return None, None, None, *grads
 
 
+class _JoinedByKernel(torch.autograd.Function):
+    """_JoinedBnAct by the kernels of ops.bn_act: the concatenation is made twice and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, constants: tuple[Tensor, ...], activation: str, eps: float, *maps: Tensor) -> Tensor:
+        ctx.save_for_backward(*constants, *maps)
+        ctx.settings = activation, eps
+        return bn_act(torch.cat(maps, dim=1), *constants, activation=activation, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        *constants, maps = *ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        x = torch.cat(maps, dim=1)
+        found, _ = torch.ops.fd2fast.bn_act_backward(
+            grad, None, x, *constants, _all_rows(len(x), x.device), *(x.new_empty(0),) * 4, *ctx.settings, None
+        )
+        return None, None, None, *found.split([m.shape[1] for m in maps], dim=1)
+
+
+@lru_cache(maxsize=1024)
+def _all_rows(rows: int, device: torch.device) -> Tensor:
+    """Offsets of one segment; kept, because a captured graph may not copy from the host."""
+    return torch.tensor([0, rows]).to(device)
+
+
 def _with_channels(maps: Sequence[Tensor], scale: Tensor, shift: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Each map with its part of scale and shift [c, 1, 1]."""
     sizes = [x.shape[1] for x in maps]
@@ -357,6 +382,9 @@ class FrozenJoin(FrozenBatchNorm):
         mean = torch.cat([m for m, _ in statistics], dim=1)
         var = torch.cat([v for _, v in statistics], dim=1)
         loss = distance(mean, var, self.running_mean, self.running_var, segments)
+        if _dispatch.choose("bn_act", (maps[0],), "auto") == "triton":
+            constants = self.weight, self.bias, self.running_mean, self.running_var
+            return _JoinedByKernel.apply(constants, self.activation, self.eps, *maps), loss
         return _JoinedBnAct.apply(self.scale, self.shift, self.activation, *maps), loss
 
 

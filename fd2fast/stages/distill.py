@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,14 @@ from fd2fast.data.store import ImageSet, load_split
 from fd2fast.device import pick_device, settle_precision
 from fd2fast.errors import UserError
 from fd2fast.methods import BASELINES, check_teachers, resolve
+from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.planner import COLUMNS, Plan, iteration_table, make_plan
 from fd2fast.progress import Progress
 from fd2fast.seeding import derive, generator, numpy_generator
-from fd2fast.step import TERMS, GroupedStep, Priors, check_losses
+from fd2fast.step import TERMS, GroupedStep, Priors, check_losses, map_dtype
+
+logger = logging.getLogger("fd2fast")
 
 Draws = Mapping[int, ArrayLike]
 
@@ -260,6 +265,15 @@ class _Work:
         self.extension = config.save_format or "png"
         self.every = max(1, min(50, self.total // 20))
 
+    @cached_property
+    def fused(self) -> list[FusedTeacher]:
+        """The teachers as the steps use them, made when the first step runs."""
+        fused = [fuse(teacher, map_dtype(self.config.precision, self.dtype)) for teacher in self.teachers]
+        for teacher in fused:
+            if teacher.fallbacks:
+                logger.info("teacher %s: with ordinary autograd: %s", teacher.name, ", ".join(teacher.fallbacks))
+        return fused
+
     def _check_draws(self) -> None:
         wanted = (self.total, len(COLUMNS))
         for segment in range(self.plan.n_segments) if self.draws is not None else ():
@@ -306,7 +320,7 @@ class _Work:
         with _memory_errors(self.config, offsets[-1]):
             step = GroupedStep(
                 self.config,
-                self.teachers,
+                self.fused,
                 initial,
                 torch.from_numpy(self.plan.labels(segments)),
                 offsets,

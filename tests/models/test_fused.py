@@ -12,6 +12,7 @@ from fd2fast.models.backbone import Backbone, build_backbone
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.rewrite import by_modules
 from fd2fast.models.teacher import Teacher
+from fd2fast.ops import _dispatch
 
 TEACHERS = {
     "ResNet18": 64,
@@ -196,6 +197,29 @@ def test_lower_precision_is_as_good_as_the_plain_teacher_in_it(name):
             # a ReLU that flips in one of the two and not in the other costs more than rounding
             assert relative(a.double(), w) <= 4 * relative(b.double(), w) + 1e-3, (i, dtype)
         assert fused(x.float(), SEGMENTS)[0].z.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["timm:test_resnet", "timm:densenet121,growth_rate=8,block_config=2x1"])
+def test_equals_the_plain_teacher_by_the_kernels(name, monkeypatch):
+    """As on a GPU: the operations run their Triton kernels (here interpreted)."""
+    if _dispatch.unavailable("bn_act_matching"):
+        pytest.skip(str(_dispatch.unavailable("bn_act_matching")))
+    teacher = make_teacher(name, size=32)
+    chosen = []
+
+    def choose(op_name, tensors, backend):
+        if _dispatch._operations[op_name].kernel is None or op_name == "bn_matching":
+            return "reference"
+        chosen.append(op_name)
+        return "triton"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_dispatch, "choose", choose)
+        fused = fuse(teacher)
+        assert fused.body.traced
+        assert_equal(teacher, fused, 32)
+    wanted = {"bn_act_matching", "bilinear_attention_pool"}
+    assert set(chosen) == wanted | ({"bn_act", "segment_statistics"} if "densenet" in name else set())
 
 
 class Odd(nn.BatchNorm2d):
