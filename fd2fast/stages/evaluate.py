@@ -114,7 +114,9 @@ def run(
     stage = open_stage(out, "metrics", config, parents, overwrite=overwrite)
     if stage.finished:
         return stage.finished
-    results: dict[str, Any] = stage.restore("results.pt") or {}
+    state = stage.restore("results.pt") or {"results": {}, "seconds": {}}
+    results: dict[str, Any] = state["results"]
+    seconds: dict[str, float] = state["seconds"]  # apart from the results: times are not part of the identity
     total = lessons.epochs * len(config.seeds)
     with (
         torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True),
@@ -122,8 +124,10 @@ def run(
     ):
         for seed in config.seeds:
             if str(seed) not in results:
-                results[str(seed)] = _Training(config, stage, lessons, test, seed).run(bar)
-                stage.checkpoint("results.pt", results)
+                training = _Training(config, stage, lessons, test, seed)
+                results[str(seed)] = training.run(bar)
+                seconds[str(seed)] = round(training.seconds, 3)
+                stage.checkpoint("results.pt", state)
     write_json(stage.path / "metrics.json", results)
     write_bytes(stage.path / "curves.png", _curves(results, config, len(dataset.classes)))
     students = list(results.values())
@@ -148,7 +152,11 @@ def run(
         mean=dataset.mean,
         std=dataset.std,
         facts=facts,
-        measured={"device": str(pick_device(config.device))},
+        measured={
+            "device": str(pick_device(config.device)),
+            "seconds_of_each_student": seconds,
+            "seconds_of_the_labels": labels.measured["seconds"] if labels and config.labels == "soft" else None,
+        },
     )
 
 
@@ -229,6 +237,7 @@ class _Training:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.epoch = 0
+        self.seconds = 0.0  # spent on this student, over all runs
         self.losses: list[float] = []
         self.tests: list[dict[str, Any]] = []
 
@@ -238,13 +247,15 @@ class _Training:
         if begun is not None and begun["seed"] == self.seed:
             self._load(begun)
             bar.step(self.epoch)
-        saved = time.monotonic()
+        saved = began = time.monotonic()
+        spent = self.seconds
         while self.epoch < self.lessons.epochs:
             self._train_epoch()
             if self.epoch % self.config.eval_every == 0 or self.epoch == self.lessons.epochs:
                 self.tests.append({"epoch": self.epoch, **self._test()})
             accuracy = self.tests[-1]["top1"] if self.tests else math.nan
             bar.step(1, seed=str(self.seed), loss=self.losses[-1], test=accuracy)
+            self.seconds = spent + time.monotonic() - began
             if time.monotonic() - saved > SAVE_SECONDS and self.epoch < self.lessons.epochs:
                 self.stage.checkpoint(_STATE, self._state())
                 saved = time.monotonic()
@@ -266,6 +277,7 @@ class _Training:
         return {
             "seed": self.seed,
             "epoch": self.epoch,
+            "seconds": self.seconds,
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -275,6 +287,7 @@ class _Training:
 
     def _load(self, state: dict[str, Any]) -> None:
         self.epoch, self.losses, self.tests = int(state["epoch"]), list(state["losses"]), list(state["tests"])
+        self.seconds = float(state["seconds"])
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -290,8 +303,7 @@ class _Training:
         seen = torch.zeros((), device=self.device)
         for x, labels in self.lessons.epoch(self.epoch):
             for low, high in parts(len(x), usual, config.accumulation):
-                with autocast(self.device, config.precision):
-                    scores = self.student(x[low:high])
+                scores = self._scores(x[low:high])
                 loss = self._loss(scores.float(), labels, low, high) / config.accumulation
                 self.scaler.scale(loss).backward()
                 seen += loss.detach() * ((high - low) * config.accumulation)
@@ -304,6 +316,18 @@ class _Training:
             raise UserError(
                 f"the loss of student {self.seed} is not finite in epoch {self.epoch} at learning rate {rate:.3g}: lower lr"
             )
+
+    def _scores(self, x: Tensor) -> Tensor:
+        try:
+            with autocast(self.device, self.config.precision):
+                return self.student(x)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"a part of {len(x)} image leaves student {self.config.model} one value per channel for its BatchNorm; "
+                f"take accumulation below {self.config.accumulation}, larger batches or more images per class"
+            ) from error
 
     def _loss(self, scores: Tensor, labels: Tensor | tuple[Tensor, Tensor, float], low: int, high: int) -> Tensor:
         if isinstance(labels, Tensor):

@@ -95,6 +95,7 @@ def _row(metrics: Artifact, images: Sequence[Artifact]) -> dict[str, Any]:
         **{key: facts[key] for key in ("last_mean", "last_std", "best_mean", "best_std", "last", "best", "top5_mean")},
         "seconds_to_distil": made.measured["seconds"],
         "distilled_ipc": made.facts["ipc"],
+        "seconds_for_labels": metrics.measured.get("seconds_of_the_labels"),
         "seconds_for_students": metrics.measured["seconds"],
         "metrics": metrics.id,
         "images": made.id,
@@ -159,7 +160,17 @@ def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) 
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["method", "labels", "student", "IPC", "last epoch %", "best epoch %", "distil s", "students s"]
+    header = [
+        "method",
+        "labels",
+        "student",
+        "IPC",
+        "last epoch %",
+        "best epoch %",
+        "distil s",
+        "labels s",
+        "students s",
+    ]
     lines = []
     for row in rows:
         seconds = _seconds(row["seconds_to_distil"])
@@ -174,6 +185,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
                 _percent(row["last_mean"], row["last_std"]),
                 _percent(row["best_mean"], row["best_std"]),
                 seconds,
+                "-" if row["seconds_for_labels"] is None else _seconds(row["seconds_for_labels"]),
                 _seconds(row["seconds_for_students"]),
             ]
         )
@@ -279,8 +291,8 @@ def _how_to_read(rows: Sequence[dict[str, Any]], test: int) -> str:
         "Compare the last epoch. The best epoch was picked on the test images themselves and flatters.",
         "Compare rows of equal labels, IPC and student. Soft labels are a teacher's answers for every view of every epoch and "
         "hold far more than the images do; hard labels are only the class.",
-        "Seconds are wall-clock time on the machine of each stage, of the whole set of images (in brackets: its IPC where the "
-        "row uses its first ids only) without the teacher and patches, and of all seeds of the students without the labels.",
+        "Seconds are wall-clock time on the machine of each stage: of the whole set of images (in brackets: its IPC where the "
+        "row uses its first ids only) without the teacher and patches, of the soft labels, and of the students of all seeds.",
     ]
     return "\n".join(f"- {point}" for point in points)
 

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 from distill_tools import make_dataset, make_teacher
+from safetensors.torch import load_file
 
+from fd2fast import seeding
 from fd2fast.artifacts import load, open_stage
 from fd2fast.config import DistillConfig, EvaluateConfig, RelabelConfig, replace
+from fd2fast.data.distilled import load_images
 from fd2fast.data.pixels import save_image
 from fd2fast.data.store import load_split
+from fd2fast.data.views import Source, open_views, replay
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone
 from fd2fast.stages import evaluate, relabel
@@ -81,8 +85,6 @@ def test_parts_follow_the_released_loop(count, usual, accumulation, expected):
 def test_accuracy_is_that_of_the_saved_student_on_the_whole_test_set(made, tmp_path):
     _, dataset, images, _, labels = made
     metrics = evaluate.run(replace(CONFIG, test_batch=7), tmp_path / "m", dataset, images, labels)
-    from safetensors.torch import load_file
-
     test = load_split(dataset, "test")
     for seed, expected in zip(metrics.facts["seeds"], metrics.facts["last"], strict=True):
         student = build_backbone("timm:test_resnet", len(dataset.classes))
@@ -117,6 +119,68 @@ def test_students_learn_what_the_labels_say(made, tmp_path):
 
     losses = json.loads(metrics.file("metrics.json").read_text())["0"]["losses"]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_student_is_the_plain_loop(made, tmp_path, kind):
+    """The saved student equals one trained by torch's own losses and AdamW on the stored views, image by image."""
+    _, dataset, images, _, labels = made
+    config = replace(CONFIG, labels=kind, seeds=(3,), precision="fp32", weight_decay=0.1, eta=1.0, lr=1e-4)
+    metrics = evaluate.run(config, tmp_path / "m", dataset, images, labels)
+
+    seeding.seed_all(3, "student")
+    student = build_backbone("timm:test_resnet", len(dataset.classes)).to(memory_format=torch.channels_last)
+    decay = {name: 0.1 if p.ndim >= 2 else 0.0 for name, p in student.named_parameters()}
+    groups = [{"params": [p], "weight_decay": decay[name]} for name, p in student.named_parameters()]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, foreach=False, fused=False)
+    pixels, classes = load_images(images)
+    views, stored = open_views(labels.path), torch.from_numpy(np.load(labels.file("logits.npy")))
+    mixed = 0
+    for epoch in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4 * (1 + math.cos(math.pi * epoch / 3)) / 2
+        seeding.seed_all(3, "student epoch", epoch)
+        for b in range(views.batches):
+            x = replay(views, Source(pixels, images.mean, images.std), [(epoch, b)])
+            rows = range(views.offsets[b], views.offsets[b + 1])
+            own = torch.from_numpy(classes[views.order[epoch, rows]])
+            x0, x1, y0, y1 = (int(v) for v in views.bbox[epoch, b])
+            share = (x1 - x0) * (y1 - y0) / dataset.size**2
+            mixed += 0 < share < 1
+            told = torch.nn.functional.one_hot(own, len(dataset.classes)).double()
+            told = (1 - share) * told + share * told[views.mix_index[epoch, rows]]
+            if kind == "soft":
+                told = torch.softmax(stored[epoch, rows].double() / 20, 1)
+            optimizer.zero_grad()
+            for half in (slice(0, len(x) // 2), slice(len(x) // 2, len(x))):
+                scores = student(x[half].contiguous(memory_format=torch.channels_last)).double()
+                if kind == "soft":
+                    loss = (told[half] * (told[half].log() - (scores / 20).log_softmax(1))).sum(1).mean()
+                else:
+                    loss = -(told[half] * scores.log_softmax(1)).sum(1).mean()
+                (loss / 2).backward()
+            optimizer.step()
+    assert mixed, "no batch was cut-mixed: another seed is needed"
+    saved = load_file(metrics.file("students/3.safetensors"))
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_times_are_measured_but_not_part_of_the_result(made, tmp_path):
+    _, dataset, images, _, labels = made
+    metrics = evaluate.run(replace(CONFIG, epochs=1), tmp_path / "m", dataset, images, labels)
+    assert set(metrics.measured["seconds_of_each_student"]) == {"0", "1"}
+    assert all(seconds > 0 for seconds in metrics.measured["seconds_of_each_student"].values())
+    assert metrics.measured["seconds_of_the_labels"] == labels.measured["seconds"]
+    assert "seconds" not in metrics.file("metrics.json").read_text()
+
+
+def test_parts_of_one_image_are_refused_with_advice(made, tmp_path):
+    _, dataset, images, _, labels = made
+    with pytest.raises(UserError, match="one value per channel"):
+        evaluate.run(
+            replace(CONFIG, model="ShuffleNetV2", accumulation=10, seeds=(0,)), tmp_path / "m", dataset, images, labels
+        )
 
 
 def test_hard_labels_need_no_store_and_soft_do(made, tmp_path):
