@@ -74,8 +74,8 @@ def _typefaces() -> RunConfig:
         patches=PatchesConfig(per_class=2, crops=3, pool=60, min_crop=0.3),
         # few iterations need a smaller rate than the 0.25 of 4,000
         distill=DistillConfig(iterations=(300,), lr=0.1),
-        relabel=RelabelConfig(epochs=150, batch_size=10),
-        evaluate=EvaluateConfig(lr=3e-3, eta=1.0, batch_size=10, eval_every=50),
+        relabel=RelabelConfig(epochs=120, batch_size=10),
+        evaluate=EvaluateConfig(lr=3e-3, eta=1.0, batch_size=10, accumulation=1, eval_every=40),
     )
 
 
