@@ -67,6 +67,8 @@ class PretrainConfig:
     center_weight: float = 1.0
     # Passes over the training images.
     epochs: int = 51
+    # Of these, epochs at the start that train the backbone branch alone: from scratch it learns faster without the CAL branch.
+    backbone_epochs: int = 0
     # Images of one step (the attention crop and drop add twice as many).
     batch_size: int = 4
     # Attention crop and drop views (CAL); off makes a step three times cheaper.

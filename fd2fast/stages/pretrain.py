@@ -154,6 +154,7 @@ def _check(config: PretrainConfig) -> None:
         ("epochs", config.epochs >= 1, "at least 1"),
         ("batch_size", config.batch_size >= 1, "at least 1"),
         ("eval_every", config.eval_every >= 1, "at least 1"),
+        ("backbone_epochs", 0 <= config.backbone_epochs < config.epochs, "at least 0 and below epochs"),
         ("attention_maps", config.attention_maps is None or config.attention_maps >= 1, "at least 1"),
         ("alpha", config.alpha is None or 0 <= config.alpha <= 1, "in [0, 1]"),
         ("mu", 0 < config.mu <= 1, "in (0, 1]"),
@@ -269,7 +270,7 @@ class _Trainer:
             if self.device.type == "cpu" or step % _SHOW_EVERY == 0:
                 now = values.tolist()
                 self._must_be_finite(now[0], lr)
-                names = [n for n in LOSSES if self._applies(n)]
+                names = [n for n in LOSSES if self._applies(n, epoch)]
                 shown = {"epoch": f"{epoch + 1}/{config.epochs}", **{n: now[LOSSES.index(n)] for n in names}}
                 shown |= self._accuracies()
             bar.step(1, **shown)
@@ -277,7 +278,7 @@ class _Trainer:
         self._must_be_finite(means[0], lr)
         self.epoch += 1
         record: dict[str, float | int] = {"epoch": self.epoch, "lr": lr}
-        record |= {name: means[i] for i, name in enumerate(LOSSES) if self._applies(name)}
+        record |= {name: means[i] for i, name in enumerate(LOSSES) if self._applies(name, epoch)}
         record["train_accuracy"] = 100 * means[-1]
         if self.epoch % config.eval_every == 0 or self.epoch == config.epochs:
             record["backbone_accuracy"], record["cal_accuracy"] = self.accuracy()
@@ -288,10 +289,13 @@ class _Trainer:
                 weights = {key: value.detach().clone() for key, value in self.teacher.state_dict().items()}
                 self.best = {"score": score, "epoch": self.epoch, "teacher": weights}
 
-    def _applies(self, loss: str) -> bool:
+    def _cal_trains(self, epoch: int) -> bool:
+        return self.head_trained and epoch >= self.config.backbone_epochs
+
+    def _applies(self, loss: str, epoch: int) -> bool:
         if loss in ("loss", "backbone"):
             return True
-        return self.head_trained and (loss != "views" or self.config.attention_views)
+        return self._cal_trains(epoch) and (loss != "views" or self.config.attention_views)
 
     def _accuracies(self) -> dict[str, str]:
         tested = [record for record in self.history if "backbone_accuracy" in record]
@@ -335,7 +339,7 @@ class _Trainer:
             features = teacher.backbone.features(x)
             logits = teacher.backbone.logits(features)
         parts = {"backbone": cross_entropy(logits, labels)}
-        if not self.head_trained:
+        if not self._cal_trains(epoch):
             return parts["backbone"], parts, logits
         with autocast(self.device, config.precision):
             raw = teacher.head(features, "random")
@@ -440,8 +444,8 @@ def _curves(history: list[dict[str, float | int]], name: str) -> bytes:
     figure = Figure(figsize=(9, 3.4), dpi=100)
     losses, accuracies = figure.subplots(1, 2)
     for loss in LOSSES:
-        if loss in history[0]:
-            losses.plot([r["epoch"] for r in history], [r[loss] for r in history], label=loss)
+        if rows := [r for r in history if loss in r]:
+            losses.plot([r["epoch"] for r in rows], [r[loss] for r in rows], label=loss)
     for key, label in (
         ("train_accuracy", "train, backbone"),
         ("backbone_accuracy", "test, backbone"),

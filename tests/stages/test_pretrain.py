@@ -21,10 +21,11 @@ from fd2fast.errors import UserError
 from fd2fast.models.attention_views import crop_and_drop
 from fd2fast.models.backbone import build_backbone
 from fd2fast.models.teacher import load_teacher
+from fd2fast.progress import Progress
 from fd2fast.stages import pretrain
 
 QUICK = PretrainConfig(
-    model=TINY, attention_maps=3, alpha=0.4, epochs=2, batch_size=8, lr=0.05, eval_every=1, optimizer="sgd"
+    model=TINY, attention_maps=3, alpha=0.4, epochs=2, batch_size=8, lr=0.05, eval_every=1, optimizer="sgd", precision="fp32"
 )
 
 
@@ -175,12 +176,36 @@ def test_alpha_zero_trains_a_plain_backbone_and_says_so(tmp_path, dataset):
     assert not torch.equal(teacher.backbone.net.conv1[0].weight, begun.backbone.net.conv1[0].weight)
 
 
+def test_the_backbone_can_start_alone(dataset):
+    config = dataclasses.replace(QUICK, epochs=3, backbone_epochs=2)
+    trainer = trainer_of(config, dataset)
+    head = {key: value.clone() for key, value in trainer.teacher.head.state_dict().items()}
+    with Progress("", 1) as bar:
+        for epoch in range(3):
+            weight = trainer.teacher.backbone.net.conv1[0].weight.clone()
+            trainer.train_epoch(bar)
+            assert not torch.equal(weight, trainer.teacher.backbone.net.conv1[0].weight)
+            kept = all(torch.equal(head[key], value) for key, value in trainer.teacher.head.state_dict().items())
+            assert kept == (epoch < 2)
+            assert bool(trainer.prototypes.seen.any()) == (epoch == 2)
+    assert [("cal" in record) for record in trainer.history] == [False, False, True]
+    assert trainer.history[0]["loss"] == trainer.history[0]["backbone"]
+    assert pretrain._curves(trainer.history, "x")[:4] == b"\x89PNG"
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"precision": "bf16", "optimizer": "adamw", "lr": 2e-3},
         {"precision": "fp16", "optimizer": "adam", "lr": 2e-3},
-        {"keep": "best", "epochs": 4, "model": "ShuffleNetV2_x0.5", "schedule": "cosine", "attention_views": False},
+        {
+            "keep": "best",
+            "epochs": 4,
+            "backbone_epochs": 2,
+            "model": "ShuffleNetV2_x0.5",
+            "schedule": "cosine",
+            "attention_views": False,
+        },
     ],
 )
 def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, dataset, changes, monkeypatch):
@@ -261,6 +286,7 @@ def test_weights_are_loaded_and_become_part_of_the_identity(tmp_path, dataset):
     ("changes", "told"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"backbone_epochs": 2}, "backbone_epochs must be at least 0 and below epochs, got 2"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
         ({"mu": 0.0}, r"mu must be in \(0, 1\]"),
