@@ -217,8 +217,9 @@ class _Trainer:
         self.teacher.to(device).to(memory_format=torch.channels_last)
         seen = torch.zeros(len(train.classes), dtype=torch.bool, device=device)
         self.prototypes = Prototypes(self.teacher.prototypes_ema, self.teacher.prototypes_last, seen, config.mu)
-        trained: list[torch.nn.Module] = [backbone, self.teacher.head] if self.head_trained else [backbone]
-        self.optimizer = _optimizer(config, [p for module in trained for p in module.parameters()])
+        # groups of their own: the head's momentum may begin later than the backbone's
+        parts: list[torch.nn.Module] = [backbone, self.teacher.head] if self.head_trained else [backbone]
+        self.optimizer = _optimizer(config, [{"params": list(part.parameters())} for part in parts])
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.steps = len(batches(len(train.labels), config.batch_size, torch.arange(len(train.labels))))
         self.labels = torch.from_numpy(train.labels).to(device)
@@ -425,13 +426,13 @@ class _Trainer:
         return _png(figure)
 
 
-def _optimizer(config: PretrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(config: PretrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+            groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
         )
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return kind(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def _weights_digest(weights: str | None) -> str | None:
