@@ -25,7 +25,15 @@ from fd2fast.progress import Progress
 from fd2fast.stages import pretrain
 
 QUICK = PretrainConfig(
-    model=TINY, attention_maps=3, alpha=0.4, epochs=2, batch_size=8, lr=0.05, eval_every=1, optimizer="sgd", precision="fp32"
+    model=TINY,
+    attention_maps=3,
+    alpha=0.4,
+    epochs=2,
+    batch_size=8,
+    lr=0.05,
+    eval_every=1,
+    optimizer="sgd",
+    precision="fp32",
 )
 
 

@@ -1,0 +1,74 @@
+"""Import and export: a teacher there and back, images as a folder, refusals."""
+
+import numpy as np
+import pytest
+import torch
+from distill_tools import make_dataset
+from PIL import Image
+
+from fd2fast.artifacts import open_stage
+from fd2fast.config import DistillConfig, PretrainConfig
+from fd2fast.data.pixels import save_image
+from fd2fast.errors import UserError
+from fd2fast.models.backbone import build_backbone
+from fd2fast.models.teacher import FILE, Teacher
+from fd2fast.stages.exchange import export_artifact, import_teacher
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("exchange") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, dataset):
+    stage = open_stage(tmp_path_factory.mktemp("exchange") / "t", "teacher", PretrainConfig(), {"dataset": dataset})
+    made = Teacher(build_backbone("MobileNetV2", 5), 2, alpha=0.5, size=32, accuracy=50.0)
+    made.prototypes_last.copy_(torch.rand_like(made.prototypes_last))
+    made.save(stage.path / FILE)
+    return stage.finish(classes=dataset.classes, size=32, mean=dataset.mean, std=dataset.std)
+
+
+def test_a_teacher_goes_out_and_comes_back(dataset, teacher, tmp_path):
+    export_artifact(teacher, tmp_path)
+    checkpoint = tmp_path / "MobileNetV2_M2_5e-1cal.pth"
+    back = import_teacher(checkpoint, "MobileNetV2", tmp_path / "back", dataset)
+    before, after = Teacher.load(teacher.file(FILE)), Teacher.load(back.file(FILE))
+    assert (after.attention_maps, after.alpha, after.name) == (2, 0.5, "MobileNetV2")
+    for key, value in before.state_dict().items():
+        if key != "prototypes_ema":  # the checkpoint of the reference has none
+            torch.testing.assert_close(after.state_dict()[key], value, rtol=0, atol=0)
+
+
+def test_a_teacher_of_other_classes_is_refused(teacher, tmp_path):
+    export_artifact(teacher, tmp_path)
+    other = make_dataset(tmp_path / "six", classes=6)
+    with pytest.raises(UserError, match="a teacher of 5 classes, but .* has 6"):
+        import_teacher(tmp_path / "MobileNetV2_M2_5e-1cal.pth", None, tmp_path / "back", other)
+
+
+def test_a_missing_checkpoint_is_named(dataset, tmp_path):
+    with pytest.raises(UserError, match=r"none\.pth is missing"):
+        import_teacher(tmp_path / "none.pth", None, tmp_path / "back", dataset)
+
+
+def test_images_leave_as_a_folder_of_the_first_ids(dataset, tmp_path):
+    stage = open_stage(tmp_path / "images", "images", DistillConfig(ipc=2), {"dataset": dataset})
+    for label in range(5):
+        for image_id in range(2):
+            pixels = torch.full((3, 32, 32), 10 * label + image_id, dtype=torch.uint8)
+            save_image(stage.path / f"images/new{label:03d}/class{label:03d}_id{image_id:03d}.png", pixels)
+    images = stage.finish(classes=dataset.classes, size=32, mean=dataset.mean, std=dataset.std)
+    assert export_artifact(images, tmp_path / "out", ipc=1).startswith("wrote 5 images, 1 of each class")
+    files = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png"))
+    assert files == [f"new{k:03d}/class{k:03d}_id000.png" for k in range(5)]
+    assert int(np.asarray(Image.open(tmp_path / "out" / files[3])).max()) == 30
+    with pytest.raises(UserError, match="holds files"):
+        export_artifact(images, tmp_path / "out")
+    with pytest.raises(UserError, match="ipc must be 1 to 2"):
+        export_artifact(images, tmp_path / "more", ipc=3)
+
+
+def test_other_artifacts_are_refused(dataset, tmp_path):
+    with pytest.raises(UserError, match="holds a dataset artifact"):
+        export_artifact(dataset, tmp_path / "out")
