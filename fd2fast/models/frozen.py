@@ -300,7 +300,7 @@ class _JoinedByKernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        *constants, maps = *ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        constants, maps = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         x = torch.cat(maps, dim=1)
         found, _ = torch.ops.fd2fast.bn_act_backward(
             grad, None, x, *constants, _all_rows(len(x), x.device), *(x.new_empty(0),) * 4, *ctx.settings, None
