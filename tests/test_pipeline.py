@@ -25,6 +25,7 @@ attention_maps = 2
 [patches]
 per_class = 2
 crops = 2
+pool = 8
 [distill]
 iterations = [4]
 [relabel]
@@ -63,8 +64,8 @@ def test_the_same_command_again_does_no_work(finished, capsys):
 
 def test_other_settings_are_refused_before_work_is_lost(finished, capsys):
     _, arguments = finished
-    assert cli.main([*arguments, "--distill.r-bn", "0.5"]) == 2
-    assert "config.r_bn was 0.01, now 0.5" in capsys.readouterr().err
+    assert cli.main([*arguments, "--patches.crops", "3"]) == 2
+    assert "config.crops was 2, now 3" in capsys.readouterr().err
 
 
 def test_the_table_names_every_row_and_the_pictures_exist(finished, capsys):
