@@ -1,5 +1,10 @@
 """The patches stage against a plain per-image loop; resume, refusals."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -157,3 +162,31 @@ def test_data_that_do_not_fit_are_refused(tmp_path, inputs):
     odd = make_dataset(tmp_path / "odd", size=33)
     with pytest.raises(UserError, match="side 33 cannot be cut into 2 x 2"):
         patches.run(PatchesConfig(), tmp_path / "out", odd, make_teacher(tmp_path / "o", odd))
+
+
+KILLED = """
+import os, signal, sys
+from fd2fast import artifacts
+from fd2fast.config import PatchesConfig
+from fd2fast.stages import patches
+save, calls = patches.save_image, []
+def dies(path, pixels):
+    calls.append(path)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(path, pixels)
+patches.save_image = dies
+patches.run(PatchesConfig(factor=1, per_class=2, crops=2), sys.argv[3], *(artifacts.load(path) for path in sys.argv[1:3]))
+"""
+
+
+def test_kill_9_and_the_same_command_again_ends_in_the_same_bytes(tmp_path, inputs):
+    dataset, teacher = inputs
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "FD2FAST_PROGRESS": "0"}
+    command = [sys.executable, "-c", KILLED, str(dataset.path), str(teacher.path), str(tmp_path / "killed")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    config = PatchesConfig(factor=1, per_class=2, crops=2)
+    resumed = patches.run(config, tmp_path / "killed", dataset, teacher)
+    assert resumed.id == patches.run(config, tmp_path / "whole", dataset, teacher).id
+    assert tree_bytes(tmp_path / "killed") == tree_bytes(tmp_path / "whole")
