@@ -28,7 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASE | {"ops", "artifacts", "seeding", "progress"},
     "models": BASE | {"ops", "artifacts", "device", "seeding", "_frozen"},
     "methods": BASE,
-    "step": BASE | {"ops", "models", "planner", "device"},
+    "capture": BASE,
+    "tables": BASE,
+    "step": BASE | {"ops", "models", "planner", "device", "capture", "tables"},
     "baselines": BASE | {"artifacts", "data", "models", "device", "seeding", "progress"},
     "stages": BASE
     | {

@@ -1,5 +1,8 @@
 """The grouped step: independent segments, half precision, state, no host synchronisation, refusals."""
 
+import functools
+import weakref
+
 import pytest
 import torch
 from distill_tools import MEAN, OTHER, SMALL, STD, tiny_config, tiny_teacher
@@ -7,8 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fd2fast.config import DistillConfig
 from fd2fast.errors import UserError
+from fd2fast.methods import METHODS
+from fd2fast.models.fused import fuse
 from fd2fast.planner import iteration_table, make_plan
-from fd2fast.step import TERMS, GroupedStep, Priors, check_losses, segment_mean_matrix
+from fd2fast.step import TERMS, GroupedStep, Priors, check_losses, map_dtype, segment_mean_matrix
+from fd2fast.tables import DeviceTable
 
 LOW = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64)
 HIGH = torch.tensor([(1 - m) / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64)
@@ -159,35 +165,267 @@ def test_fp16_overflow_skips_only_its_segment() -> None:
         assert step.scale.tolist() == pytest.approx([5e29, 2.0**16])
 
 
-class _Syncs(TorchDispatchMode):
-    """Collects the operations that read a value back to the host."""
+class _Watch(TorchDispatchMode):
+    """Collects operations that read a value back to the host, and those that make a tensor of host values."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.read: list[str] = []
+        self.made: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket._qualified_op_name in ("aten::_local_scalar_dense", "aten::item", "aten::nonzero"):
-            self.found.append(str(func))
+        name = func.overloadpacket._qualified_op_name
+        if name in ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal"):
+            self.read.append(name)
+        if name in ("aten::lift_fresh", "aten::lift_fresh_copy"):
+            self.made.append(name)
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["sre2l++_fd2", "fadrm+_fd2"])
-def test_no_value_is_read_back_in_the_loop(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Value checks of the operations are off, as they are on a GPU."""
+CASES = [
+    ("sre2l++", {"iterations": (6,)}),
+    ("sre2l++_fd2", {"iterations": (6,), "ls_threshold": 0.1}),
+    ("fadrm", {"iterations": (2, 5), "sizes": (24, 32)}),
+    ("fadrm+", {"iterations": (8,), "sizes": (32,)}),
+    ("fadrm+_fd2", {"iterations": (7, 8), "sizes": (24, 32)}),
+    ("fadrm+_fd2", {"iterations": (7, 8), "sizes": (24, 32), "teachers_per_image": 2}),
+    ("cvdd", {"iterations": (4,)}),
+    ("cvdd_fd2", {"iterations": (4,)}),
+]
+
+
+@functools.cache
+def fused_pool(dtype: torch.dtype, precision: str) -> list:
+    """The three teachers, fused once: frozen, so that tests can share them."""
+    return [fuse(teacher, map_dtype(precision, dtype)) for teacher in teachers_of("fadrm+", dtype)]
+
+
+def several_segments(config: DistillConfig, dtype: torch.dtype = torch.float32, **settings: object) -> GroupedStep:
+    """Three segments of 2, 3 and 1 rows; committees that differ where the method chooses among the teachers."""
+    offsets, pool = [0, 2, 5, 6], fused_pool(dtype, config.precision)
+    teachers = pool if METHODS[config.method].least > 1 else pool[:1]
+    generator = torch.Generator().manual_seed(1)
+    lengths = (0, 0, 2, 1, 3, 0)  # earlier images of each row
+    bounds = (0, *(sum(lengths[: n + 1]) for n in range(6)))
+    maps = [Priors(torch.rand(6, t.attention_maps, 4, 4, dtype=dtype, generator=generator), bounds) for t in teachers]
+    initial = torch.cat([pixels(s, b - a) for s, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))])
+    return GroupedStep(
+        config,
+        teachers,
+        initial.to(dtype),
+        torch.tensor([0, 1, 0, 1, 2, 6]),
+        offsets,
+        low=LOW,
+        high=HIGH,
+        committees=[[0, 1], [1, 2], [2, 0]] if config.teachers_per_image else None,
+        priors=maps if config.fd2 else None,
+        **settings,
+    )
+
+
+def whole_table(config: DistillConfig, segments: int) -> torch.Tensor:
+    """The draws of every iteration, each for the side of its phase."""
+    sides = [side for side, count in zip(config.sizes, config.iterations, strict=True) for _ in range(count)]
+    return torch.stack([table(config, list(range(segments)), t, side) for t, side in enumerate(sides)])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("method", "changes"), CASES)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_an_iteration_asks_nothing_of_the_host(
+    method: str, changes: dict, precision: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value checks of the operations are off, as they are on a GPU; after one round no tensor is made of host values."""
     from fd2fast.ops import _checks
 
     monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)
-    config = tiny_config(method, classes=CLASSES, iterations=(6,), sizes=(32,), precision="fp32", ls_threshold=0.1)
-    with one_segment(config, teachers_of(method, torch.float32)) as step:
-        draws = [table(config, [0], t, SIZE) for t in range(6)]
-        with _Syncs() as syncs:
-            for draw in draws:
-                step.iterate(draw)
-        assert syncs.found == []
-        with _Syncs() as syncs:  # the detector detects
-            step.images.sum().item()
-        assert syncs.found
+    config = tiny_config(method, classes=CLASSES, precision=precision, **changes)
+    with several_segments(config) as step:
+        if on_device:
+            step._table = DeviceTable(3, step.device)
+        step.load_table(whole_table(config, 3), None, 0)
+        begins = [sum(config.iterations[:p]) for p in range(len(config.iterations))]
+        while not step.finished:
+            known = step.iteration - max(b for b in begins if b <= step.iteration) >= len(step._schedule)
+            with _Watch() as watch:
+                step.iterate()
+            assert watch.read == []
+            if known:
+                assert watch.made == []
+    with _Watch() as watch:  # the detector detects
+        step.images.sum().item()
+        torch.tensor([1.0])
+    assert watch.read
+    assert watch.made
+
+
+@pytest.mark.parametrize(("method", "changes"), CASES)
+def test_a_table_gives_the_bytes_of_draws(method: str, changes: dict) -> None:
+    """Loaded whole or in pieces, on the host or on the device (there with the rate in a tensor: fp64, 1e-10)."""
+    config = tiny_config(method, classes=CLASSES, precision="fp64", **changes)
+    draws = whole_table(config, 3)
+    found, losses = [], []
+    for mode in ("draws", "whole", "pieces", "device", "device draws"):
+        with several_segments(config, torch.float64) as step:
+            if mode.startswith("device"):
+                step._table = DeviceTable(3, step.device)
+            if mode in ("whole", "device"):
+                step.load_table(draws.numpy(), None, 0)
+            rows = []
+            while not step.finished:
+                if mode == "pieces" and step.iteration % 3 == 0:
+                    step.load_table(draws[step.iteration : step.iteration + 3], None, step.iteration)
+                rows.append(step.iterate(draws[step.iteration] if mode.endswith("draws") else None))
+            found.append(step.images)
+            losses.append(torch.stack(rows))
+    for images, rows in zip(found[1:3], losses[1:3], strict=True):
+        assert torch.equal(images, found[0])
+        assert torch.equal(rows, losses[0])
+    assert torch.equal(found[3], found[4])
+    torch.testing.assert_close(found[3], found[0], rtol=0, atol=1e-9)
+    assert (found[0] - found[0].mean()).abs().max() > 0.1
+
+
+def test_given_rates_are_used() -> None:
+    config = tiny_config("sre2l++", classes=CLASSES, iterations=(3,))
+    draws = whole_table(config, 1)
+    with one_segment(config, teachers_of("sre2l++"), torch.float64) as step:
+        step.load_table(draws, torch.zeros(3, dtype=torch.float64), 0)
+        before = step.images.clone()
+        for _ in range(3):
+            step.iterate()
+        assert torch.equal(step.images, before)
+        assert (step.exp_avg != 0).any()
+
+
+def test_a_table_longer_than_its_buffer() -> None:
+    config = tiny_config("sre2l++", classes=CLASSES, iterations=(80,))
+    found = []
+    for length in (80, 30):
+        device_table = DeviceTable(1, torch.device("cpu"))
+        rows = []
+        for first in range(0, 80, length):
+            count = min(length, 80 - first)
+            draws = whole_table(config, 1)[first : first + count]
+            rates, numbers = torch.rand(count, dtype=torch.float64) + first, torch.arange(first, first + count)
+            assert device_table.load(draws, rates, numbers, first) is (length == 80)
+            assert not device_table.covers(first + count)
+            for t in range(count):
+                device_table.seek(first + t)
+                row = device_table.row()
+                assert torch.equal(row.draws, draws[t].long())
+                assert (float(row.rate), int(row.number)) == (float(rates[t]), int(numbers[t]))
+                rows.append(row.draws.clone())
+                device_table.advance()
+                device_table.settle(True)
+        found.append(torch.stack(rows))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (torch.zeros(2, 1, 6, dtype=torch.int32), None, 0),
+            r"params must be int \[T, 1, 7\], got torch.int32 \[2, 1, 6\]",
+        ),
+        ((torch.zeros(2, 1, 7), None, 0), "params must be int .* got torch.float32"),
+        ((torch.zeros(0, 1, 7, dtype=torch.int32), None, 0), "params must be int"),
+        ((torch.tensor([[[0, 0, 32, 32, 0, 0, 0]]]), None, 2), "a table of 1 rows from iteration 2 leaves the 2"),
+        ((torch.tensor([[[0, 0, 32, 32, 0, 0, 0]]]), torch.ones(1), 0), r"rates must be float64 \[1\]"),
+        (
+            (torch.tensor([[[0, 9, 32, 32, 0, 0, 0]]]), None, 1),
+            "params of iteration 1, segment 0 must be a crop inside 32",
+        ),
+        ((torch.tensor([[[0, 0, 32, 32, 2, 0, 0]]]), None, 1), "flip of 0 or 1"),
+    ],
+)
+def test_tables_are_checked(arguments: tuple, message: str) -> None:
+    config = tiny_config("sre2l++", classes=CLASSES, iterations=(2,))
+    with one_segment(config, teachers_of("sre2l++"), torch.float64) as step:
+        with pytest.raises(ValueError, match=message):
+            step.load_table(*arguments)
+        with pytest.raises(ValueError, match="no table was loaded that has iteration 0"):
+            step.iterate()
+
+
+class _Full:
+    """Stands for a teacher whose pass runs out of memory at one iteration."""
+
+    def __init__(self, step: GroupedStep, at: int, place: str, monkeypatch: pytest.MonkeyPatch):
+        self.armed = True
+
+        def fail(real: object, due: object) -> object:
+            def call(*args: object, **kwargs: object) -> object:
+                if self.armed and step.iteration == at and due():
+                    raise torch.OutOfMemoryError("CUDA out of memory (made up)")
+                return real(*args, **kwargs)
+
+            return call
+
+        if place == "teacher":
+            monkeypatch.setattr(step._fused[-1].body, "forward", fail(step._fused[-1].body.forward, lambda: True))
+        elif place == "update":
+            monkeypatch.setattr(step, "_update", fail(step._update, lambda: True))
+        else:
+            monkeypatch.setattr(torch, "zeros_like", fail(torch.zeros_like, lambda: True))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(
+    ("at", "place"), [(0, "teacher"), (3, "teacher"), (4, "teacher"), (4, "phase"), (4, "update"), (6, "update")]
+)
+def test_out_of_memory_changes_nothing(at: int, place: str, on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the first iteration of a phase; tried again it goes on to the same bytes."""
+    config = tiny_config("cvdd_fd2", classes=CLASSES, iterations=(4, 4), sizes=(24, 32), residual=0.5, precision="fp32")
+    draws = whole_table(config, 3)
+    with several_segments(config) as step:
+        while not step.finished:
+            step.iterate(draws[step.iteration])
+        wanted = step.state()
+    with several_segments(config) as step:
+        if on_device:
+            step._table = DeviceTable(3, step.device)
+        step.load_table(draws, None, 0)
+        failing = _Full(step, at, place, monkeypatch)
+        while step.iteration < at:
+            step.iterate()
+        before = step.state()
+        with pytest.raises(torch.OutOfMemoryError, match="made up"):
+            step.iterate()
+        after = step.state()
+        assert (
+            (after["iteration"], after["phase"])
+            == (before["iteration"], before["phase"])
+            == (at, (at - 1) // 4 if at else 0)
+        )
+        for name, value in before.items():
+            assert torch.equal(after[name], value) if isinstance(value, torch.Tensor) else after[name] == value
+        failing.armed = False
+        while not step.finished:
+            step.iterate()
+        for name, value in step.state().items():
+            if on_device and isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value, wanted[name], rtol=0.1, atol=0.1)
+            elif isinstance(value, torch.Tensor):
+                assert torch.equal(value, wanted[name])
+
+
+def test_out_of_memory_lets_go_of_the_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("sre2l++", classes=CLASSES, iterations=(2,), precision="fp32")
+    kept = []
+    with one_segment(config, teachers_of("sre2l++", torch.float32)) as step:
+        draws = whole_table(config, 1)
+
+        def fail(gradient: torch.Tensor, *_: object) -> None:
+            kept.append(weakref.ref(gradient))
+            raise torch.OutOfMemoryError("made up")
+
+        monkeypatch.setattr(step, "_update", fail)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            step.iterate(draws[0])
+        assert caught.value.__traceback__ is not None
+        assert kept[0]() is None
 
 
 def test_losses_fall() -> None:
@@ -285,6 +523,13 @@ def test_losses_that_are_not_finite_are_named() -> None:
         ({"committees": [[]]}, "at least one teacher"),
         ({"priors": []}, "priors must be given for each of 1 teachers"),
         ({"priors": [Priors(torch.zeros(3, 3, 4, 4), (0, 1, 2, 3, 4))]}, "prior offsets must be"),
+        ({"priors": [Priors(torch.zeros(4, 2, 4, 4), (0, 1, 2, 3, 4))]}, r"must be \[P, 3, h, w\], got \[4, 2, 4, 4\]"),
+        ({"labels": torch.tensor([0, 1, 2, CLASSES])}, r"labels must lie in \[0, 7\), got 0 to 7"),
+        ({"labels": torch.tensor([0, -1, 2, 3])}, "labels must lie in .* got -1 to 3"),
+        ({"committees": [[1]]}, r"committees must name teachers in \[0, 1\), got 1"),
+        ({"initial": torch.zeros(3, 32, 32)}, r"initial must be \[N, 3, 32, 32\], got \[3, 32, 32\]"),
+        ({"initial": torch.zeros(4, 3, 32, 24)}, r"initial must be \[N, 3, 32, 32\], got \[4, 3, 32, 24\]"),
+        ({"graphs": True}, "graphs need a GPU, the images are on cpu"),
     ],
 )
 def test_shapes_are_checked(changes: dict, message: str) -> None:
@@ -307,3 +552,21 @@ def test_a_teacher_in_train_mode_is_refused() -> None:
     teacher.backbone.train()
     with pytest.raises(ValueError, match="must be in eval mode, but .* is in train mode"):
         one_segment(config, [teacher])
+
+
+def test_teachers_for_images_of_different_sides_are_refused() -> None:
+    config = tiny_config("fadrm+", classes=CLASSES, iterations=(1,), sizes=(32,), precision="fp32")
+    teachers = [
+        tiny_teacher(SMALL, CLASSES, dtype=torch.float32),
+        tiny_teacher(OTHER, CLASSES, size=48, dtype=torch.float32),
+    ]
+    with pytest.raises(ValueError, match="must all be made for images of one side, got .*32.*48"):
+        one_segment(config, teachers)
+
+
+def test_state_of_another_step_is_refused() -> None:
+    config = tiny_config("sre2l++", classes=CLASSES, iterations=(1,), precision="fp32")
+    teachers = teachers_of("sre2l++", torch.float32)
+    state = one_segment(config, teachers, rows=3).state()
+    with pytest.raises(ValueError, match=r"images of the state must be \[4, 3, 32, 32\], got \[3, 3, 32, 32\]"):
+        one_segment(config, teachers).load_state(state)

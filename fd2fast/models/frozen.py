@@ -40,12 +40,24 @@ def _make_owner(segments: Segments, device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
+def _make_lengths(segments: Segments, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([float(b - a) for a, b in zip(segments, segments[1:], strict=False)], dtype=dtype).to(device)
+
+
+# kept, because each copy to a device waits for it, and a captured graph may not make one
 _kept_owner = lru_cache(maxsize=1024)(_make_owner)
+_kept_lengths = lru_cache(maxsize=1024)(_make_lengths)
 
 
 def _owner(segments: Segments, device: torch.device) -> Tensor:
     """int64 [N], the segment of each row; copied to a device once."""
     return (_make_owner if torch.compiler.is_compiling() else _kept_owner)(segments, device)
+
+
+def _lengths(segments: Segments, like: Tensor) -> Tensor:
+    """[S], the rows of each segment in the type of `like`; copied to its device once."""
+    make = _make_lengths if torch.compiler.is_compiling() else _kept_lengths
+    return make(segments, like.dtype, like.device)
 
 
 def per_row(values: Tensor, segments: Segments) -> Tensor:
@@ -63,8 +75,7 @@ def pixels(segments: Segments, shape: Sequence[int], like: Tensor) -> Tensor | f
     length, area = _common_length(segments), shape[2] * shape[3]
     if length is not None:
         return float(length * area)
-    counts = [float(max(b - a, 1) * area) for a, b in zip(segments, segments[1:], strict=False)]
-    return torch.tensor(counts, dtype=like.dtype).to(like.device)[:, None]
+    return _lengths(segments, like).clamp_min(1)[:, None] * area
 
 
 def statistics(x: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
@@ -86,8 +97,8 @@ def distance(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tenso
     """|var_s - running_var| + |mean_s - running_mean| [S]; 0 for an empty segment. Differentiable in mean and var."""
     norm = torch.linalg.vector_norm
     loss = norm(var - running_var, dim=1) + norm(mean - running_mean, dim=1)
-    filled = [float(b > a) for a, b in zip(segments, segments[1:], strict=False)]
-    return loss if all(filled) else loss * torch.tensor(filled).to(loss)
+    filled = all(b > a for a, b in zip(segments, segments[1:], strict=False))
+    return loss if filled else loss * (_lengths(segments, loss) > 0)
 
 
 class _Statistics(torch.autograd.Function):

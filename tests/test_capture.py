@@ -1,0 +1,352 @@
+"""Captured iterations: when which kind is recorded, what happens where it fails, and that a recording is the iteration."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from distill_tools import MEAN, OTHER, SMALL, STD, tiny_config, tiny_teacher
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fd2fast import capture, ops
+from fd2fast.capture import Captures
+from fd2fast.models import cpu
+from fd2fast.ops import _checks
+from fd2fast.planner import iteration_table
+from fd2fast.step import GroupedStep, Priors
+from fd2fast.tables import DeviceTable
+
+LOW = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64)
+HIGH = torch.tensor([(1 - m) / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64)
+CLASSES, ROWS = 5, [0, 2, 5]
+
+
+class Counting:
+    """A recorder that records nothing and counts."""
+
+    def __init__(self, failing: Exception | None = None):
+        self.events: list[str] = []
+        self.failing = failing
+
+    def warm_up(self, work: Callable) -> torch.Tensor:
+        self.events.append("warm up")
+        return work()
+
+    def record(self, work: Callable) -> Callable:
+        self.events.append("record")
+        if self.failing is not None:
+            raise self.failing
+
+        def replay() -> torch.Tensor:
+            self.events.append("replay")
+            return work()
+
+        return replay
+
+    def release(self) -> None:
+        self.events.append("release")
+
+
+def test_each_kind_is_warmed_up_recorded_once_and_replayed() -> None:
+    recorder = Counting()
+    captures = Captures(recorder)
+    assert [float(captures.run(k, lambda k=k: torch.tensor(float(k)))) for k in (0, 1, 0, 1, 1, 0)] == [
+        0,
+        1,
+        0,
+        1,
+        1,
+        0,
+    ]
+    assert recorder.events == ["warm up", "warm up", *["record", "replay"] * 2, "replay", "replay"]
+    assert len(captures) == 2
+    captures.clear()
+    assert len(captures) == 0
+    assert recorder.events[-1] == "release"
+    captures.run(0, lambda: torch.zeros(()))
+    assert recorder.events[-1] == "warm up"
+    assert not captures.replayed
+
+
+def test_what_cannot_be_recorded_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+    """The reason is logged once in a process; nothing is recorded again, what was recorded is released."""
+    capture._told.clear()
+    for _ in range(2):
+        recorder = Counting()
+        captures, done = Captures(recorder), []
+        for _ in range(2):
+            captures.run("good", lambda: torch.zeros(()))
+        recorder.failing = RuntimeError("operation not permitted when stream is capturing\nmore")
+        with caplog.at_level(logging.WARNING, logger="fd2fast"):
+            for k in range(4):
+                assert captures.run("bad", lambda k=k, done=done: done.append(k) or torch.tensor(k)) == k
+        assert done == [0, 1, 2, 3]
+        assert recorder.events == ["warm up", "record", "replay", "warm up", "record", "release"]
+        assert len(captures) == 0
+        assert captures.reason == "RuntimeError: operation not permitted when stream is capturing"
+        captures.run("good", lambda: torch.zeros(()))
+        assert recorder.events[-1] == "release"
+    assert [r.message for r in caplog.records if "without CUDA graphs" in r.message] == [
+        "iterations run without CUDA graphs: RuntimeError: operation not permitted when stream is capturing"
+    ]
+
+
+def test_errors_of_the_work_itself_are_raised() -> None:
+    def fail() -> torch.Tensor:
+        raise torch.OutOfMemoryError("made up")
+
+    recorder = Counting()
+    captures = Captures(recorder)
+    with pytest.raises(torch.OutOfMemoryError):
+        captures.run(0, fail)
+    assert captures.reason is None
+    captures.run(0, lambda: torch.zeros(()))
+    assert recorder.events == ["warm up", "warm up"]
+
+
+def test_too_many_kinds_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "MOST_GRAPHS", 2)
+    recorder = Counting()
+    captures = Captures(recorder)
+    for _ in range(3):
+        for k in range(3):
+            captures.run(k, lambda: torch.zeros(()))
+    assert len(captures) == 2
+    assert recorder.events.count("record") == 2
+
+
+class _Tape(TorchDispatchMode):
+    """Runs operations and notes them with the very tensors they read and wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.lines.append((func, args, kwargs or {}, found))
+        return found
+
+    def run(self) -> None:
+        """All of it again: the same memory read and written, no value taken from the host."""
+        for func, args, kwargs, noted in self.lines:
+            results = func(*args, **kwargs)
+            pairs = zip(results, noted, strict=True) if isinstance(noted, (tuple, list)) else [(results, noted)]
+            for result, place in pairs:
+                if isinstance(place, torch.Tensor) and result.data_ptr() != place.data_ptr():
+                    place.detach().copy_(result)
+
+
+class TapeRecorder(Counting):
+    """What a CUDA graph is, on a CPU: static memory, and every host value as it was when the tape was made."""
+
+    def __init__(self, step: GroupedStep):
+        super().__init__()
+        self.step = step
+
+    def record(self, work: Callable) -> Callable:
+        self.events.append("record")
+        names = ("images", "exp_avg", "exp_avg_sq", "scale", "clean")
+        state = [getattr(self.step, name) for name in names] + [self.step._table._position]
+        before = [t.clone() for t in state]
+        with _Tape() as tape, torch.no_grad(), torch.enable_grad():
+            found = work()
+        for tensor, value in zip(state, before, strict=True):  # a CUDA graph records without running
+            tensor.copy_(value)
+
+        def replay() -> torch.Tensor:
+            self.events.append("replay")
+            with torch.no_grad():
+                tape.run()
+            return found.clone()
+
+        return replay
+
+
+def make_step(
+    method: str, device: torch.device | str = "cpu", graphs: bool | None = None, **changes: object
+) -> GroupedStep:
+    """Two segments of 2 and 3 rows with earlier images."""
+    changes = {"precision": "fp32", **changes}
+    config = tiny_config(method, classes=CLASSES, **changes)
+    names = [SMALL, OTHER] if method.startswith(("fadrm+", "cvdd")) else [SMALL]
+    teachers = [
+        tiny_teacher(f"{name},output_stride=8", CLASSES, seed=i, dtype=torch.float32).to(device)
+        for i, name in enumerate(names)
+    ]
+    rows = ROWS[-1]
+    generator = torch.Generator().manual_seed(0)
+    unit = torch.rand(rows, 3, 32, 32, generator=generator)
+    initial = (LOW.view(3, 1, 1) + unit * (HIGH - LOW).view(3, 1, 1)).float().to(device)
+    maps = [torch.rand(rows, t.attention_maps, 4, 4, generator=generator).to(device) for t in teachers]
+    priors = [Priors(m, tuple(range(rows + 1))) for m in maps] if config.fd2 else None
+    labels = torch.tensor([0, 1, 0, 1, 2])
+    return GroupedStep(config, teachers, initial, labels, ROWS, low=LOW, high=HIGH, priors=priors, graphs=graphs)
+
+
+def load(step: GroupedStep) -> None:
+    """The draws from the coming iteration to the end of its phase."""
+    count, jitter = step.phase_end - step.iteration, step.config.jitter
+    draws = iteration_table(0, [0, 1], step.iteration, count, step.size, jitter=min(jitter, step.size - 1))
+    step.load_table(draws, None, step.iteration)
+
+
+def finish(step: GroupedStep) -> torch.Tensor:
+    """All iterations by tables of whole phases; the losses [T, segments, terms]."""
+    losses = []
+    while not step.finished:
+        if not step._table.covers(step.iteration):
+            load(step)
+        losses.append(step.iterate().clone())
+    return torch.stack(losses)
+
+
+CASES = [
+    ("sre2l++", {"iterations": (7,)}),
+    ("sre2l++_fd2", {"iterations": (7,)}),
+    ("fadrm+_fd2", {"iterations": (6, 7), "sizes": (24, 32)}),
+    ("cvdd_fd2", {"iterations": (5,)}),
+    ("sre2l++_fd2", {"iterations": (5,), "precision": "fp16"}),
+]
+
+
+@pytest.mark.parametrize(("method", "changes"), CASES)
+def test_a_recorded_iteration_is_the_iteration(method: str, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replayed operation by operation on the same memory it gives the bytes of the eager loop: no host value is baked in."""
+    monkeypatch.setattr(cpu, "takes", lambda x: False)  # a tape sees torch's operations only
+    monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)
+    specification = ops.crop_flip_roll
+    monkeypatch.setattr(ops, "crop_flip_roll", lambda *a, **k: specification(*a, **k, backend="reference"))
+    found = []
+    for recorded in (False, True):
+        with make_step(method, **changes) as step:
+            step._table = DeviceTable(2, step.device)
+            if recorded:
+                recorder = TapeRecorder(step)
+                step._captures = Captures(recorder)
+            found.append((finish(step), step.state()))
+            if recorded:
+                assert step._captures.reason is None
+                phases, kinds = len(step.config.iterations), len(step._schedule)
+                assert recorder.events.count("record") == phases * kinds
+                assert recorder.events.count("replay") == step.total_iterations - phases * kinds
+                assert step.gradient is None
+    (eager, wanted), (replayed, state) = found
+    assert torch.equal(replayed, eager)
+    for name, value in wanted.items():
+        assert torch.equal(state[name], value) if isinstance(value, torch.Tensor) else state[name] == value
+
+
+def test_the_tape_bakes_host_values_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check above can fail: with a host value in the iteration, replays differ."""
+    monkeypatch.setattr(cpu, "takes", lambda x: False)
+    monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)
+    found = []
+    for recorded in (False, True):
+        with make_step("sre2l++", iterations=(5,)) as step:
+            step._table = DeviceTable(2, step.device)
+            right = step._update
+
+            def wrong(gradient, rate, number, step=step, right=right):
+                right(gradient, rate * (1 + step.iteration), number)
+
+            step._update = wrong
+            if recorded:
+                step._captures = Captures(TapeRecorder(step))
+            finish(step)
+            found.append(step.images)
+    assert not torch.equal(*found)
+
+
+def test_graphs_end_with_phase_state_and_step() -> None:
+    with make_step("fadrm+", iterations=(5, 5), sizes=(24, 32)) as step:
+        step._table = DeviceTable(2, step.device)
+        recorder = Counting()
+        step._captures = Captures(recorder)
+        load(step)
+        for _ in range(5):
+            step.iterate()
+        assert len(step._captures) == 2
+        state = step.state()
+        load(step)
+        step.iterate()  # the next phase
+        assert recorder.events.count("release") == 1
+        assert recorder.events[-1] == "warm up"
+        for _ in range(3):
+            step.iterate()
+        assert len(step._captures) == 2
+        step.load_state(state)
+        assert len(step._captures) == 0
+        for _ in range(5):
+            step.iterate()
+        assert step.finished
+    assert len(step._captures) == 0
+
+
+def test_a_larger_table_is_recorded_anew() -> None:
+    with make_step("sre2l++", iterations=(200,)) as step:
+        step._table = DeviceTable(2, step.device)
+        step._captures = Captures(Counting())
+        for _ in range(3):
+            step.iterate(torch.tensor([[0, 0, 32, 32, 0, 0, 0]] * 2))
+        assert len(step._captures) == 1
+        load(step)
+        assert len(step._captures) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("method", "changes"), CASES)
+def test_graph_equals_eager(method: str, changes: dict) -> None:
+    """Bytes: the same kernels on the same memory."""
+    found = []
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        for graphs in (False, True):
+            with make_step(method, "cuda", graphs, **changes) as step:
+                found.append((finish(step), step.state()))
+                if graphs:
+                    assert step._captures.reason is None
+                    assert len(step._captures) == len(step._schedule)
+    (eager, wanted), (replayed, state) = found
+    assert torch.equal(replayed, eager)
+    for name, value in wanted.items():
+        assert torch.equal(state[name], value) if isinstance(value, torch.Tensor) else state[name] == value
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(("method", "changes"), CASES)
+def test_the_loop_does_not_wait_for_the_gpu(method: str, changes: dict, graphs: bool) -> None:
+    """torch's own check, on iterations after the first round (which compiles, chooses algorithms and records)."""
+    changes = {**changes, "iterations": (20,), "sizes": (32,)}
+    with make_step(method, "cuda", graphs, **changes) as step:
+        load(step)
+        for _ in range(2 * len(step._schedule)):
+            step.iterate()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            while not step.finished:
+                if step.iteration == 15:
+                    load(step)
+                step.iterate()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.isfinite(step.images).all()
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_captured_runs_eagerly() -> None:
+    found = []
+    for syncs in (False, True):
+        with make_step("sre2l++", "cuda", True, iterations=(6,)) as step:
+            if syncs:
+                body, forward = step._fused[0].body, step._fused[0].body.forward
+
+                def reading(x, segments, forward=forward):
+                    assert x.sum().item() == x.sum().item()
+                    return forward(x, segments)
+
+                body.forward = reading
+            finish(step)
+            assert (step._captures.reason is not None) is syncs
+            found.append(step.images.clone())
+    torch.testing.assert_close(*found, rtol=0.1, atol=0.1)
