@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from fd2fast.config import (
 )
 from fd2fast.errors import UserError, nearest
 from fd2fast.presets import PRESETS, from_toml, preset
+from fd2fast.workers import is_first
 
 T = TypeVar("T")
 Bare = Annotated[T, tyro.conf.arg(name="")]  # no "config." before every option
@@ -107,6 +109,10 @@ def distill(
     """Make the synthetic images, of all classes at once.
 
     fd2fast distill --dataset D --teachers T --patches P --method sre2l++_fd2 --ipc 5 --out runs/cub/images/sre2l++_fd2
+
+    On several GPUs (or machines that share the folder), with the same bytes as on one:
+
+    torchrun --nproc-per-node 8 -m fd2fast distill --dataset D --teachers T --patches P --ipc 5 --out I
 
     Args:
         dataset: Folder made by `fd2fast datasets`.
@@ -309,6 +315,8 @@ def export(*, artifact: FilePath, out: FilePath, ipc: int | None = None) -> None
 
 
 def _done(artifact: Any) -> None:
+    if not is_first():
+        return
     print(f"{artifact.kind}: {artifact.path} ({artifact.measured['seconds']:.1f} s)")
     for name, value in artifact.facts.items():
         text = str(value)
@@ -351,6 +359,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
+# Commands whose work a torchrun job shares.
+SHARED = ("distill", "run")
+
+
 def usage() -> str:
     """The first help page."""
     lines = [f"fd2fast {__version__}: distil a fine-grained image data set into a few synthetic images per class", ""]
@@ -371,9 +383,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise UserError(f"unknown command {arguments[0]!r}: {nearest(arguments[0], COMMANDS)}")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments[0] not in SHARED:
+            raise UserError(
+                f"{arguments[0]} runs in one process: start it without torchrun ({', '.join(SHARED)} can share)"
+            )
         COMMANDS[arguments[0]](arguments[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)

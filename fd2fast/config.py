@@ -143,8 +143,8 @@ class DistillConfig:
     ipc: int = 1
     # Classes optimised as one batch, whose BN statistics are matched together; None: 100, or all when there are fewer.
     segment_size: int | None = None
-    # Segments in one step; changes speed and memory only, but is recorded because rounding depends on it.
-    segments_per_step: int = 1
+    # Most segments in one step; None: what memory and speed allow. The plan is recorded, because rounding depends on it.
+    segments_per_step: int | None = None
     # Iterations of each phase; one number for a method of several phases is shared out evenly.
     iterations: tuple[int, ...] | None = None
     # Image side of each phase, pixels.
@@ -205,8 +205,10 @@ class DistillConfig:
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
     # Seed of initial images, crops, flips and rolls.
     seed: int = 0
-    # Iterations between saves of the unfinished step.
-    save_every: int = _runtime(200)
+    # Iterations between saves of unfinished steps; None: about every 30 seconds.
+    save_every: int | None = _runtime(None)
+    # Most memory that a step may take, GB; None: what is free.
+    memory_limit: float | None = _runtime(None)
     # Device.
     device: str = _runtime("auto")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -17,12 +18,15 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The torch device called `name`; "auto" is the first GPU when there is one, else the CPU.
+    """The torch device called `name`; "auto" is a GPU when there is one, else the CPU.
 
+    "auto" and "cuda" are the first GPU, or in a torchrun job the one of this process's local rank.
     Raises UserError for a name torch does not know and for a GPU that is not there.
     """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = "cuda"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -34,10 +38,11 @@ def pick_device(name: str = "auto") -> torch.device:
             raise UserError(
                 f"device {name!r} was asked for, but torch {torch.__version__} finds no GPU here; use cpu or auto"
             )
-        count, index = torch.cuda.device_count(), device.index or 0
+        own = int(os.environ.get("LOCAL_RANK", "0"))
+        count, index = torch.cuda.device_count(), own if device.index is None else device.index
         if index >= count:
             raise UserError(
-                f"device {name!r} was asked for, but this machine has {count} GPU(s): cuda:0 to cuda:{count - 1}"
+                f"device 'cuda:{index}' was asked for, but this machine has {count} GPU(s): cuda:0 to cuda:{count - 1}"
             )
         return torch.device("cuda", index)
     return torch.device("cpu")

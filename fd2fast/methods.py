@@ -72,8 +72,15 @@ SEMANTIC_FIELDS: dict[str, dict[str, Any]] = {
 }
 
 _LAST_RESORT = {"fd2": False, "teacher_weights": "equal"}
-# None stays None in these: "each teacher's own", "all teachers", "never".
-MAY_STAY_OPEN = ("alpha", "teachers_per_image", "ls_threshold")
+# None stays None in these: "each teacher's own", "all teachers", "never", "what fits", "now and then", "what is free".
+MAY_STAY_OPEN = (
+    "alpha",
+    "teachers_per_image",
+    "ls_threshold",
+    "segments_per_step",
+    "save_every",
+    "memory_limit",
+)
 _CUB_ITERATIONS = (10000,)
 
 
@@ -208,6 +215,7 @@ def _check_numbers(config: DistillConfig) -> None:
         ("eps", lambda v: 0 < v < math.inf, "a positive number"),
         ("ls_threshold", lambda v: math.isfinite(v), "a finite number"),
         ("save_every", lambda v: _whole(v) and v >= 1, "at least 1 iteration"),
+        ("memory_limit", lambda v: 0 < v < math.inf, "a positive number of GB"),
         ("seed", lambda v: _whole(v) and v >= 0, "0 or more"),
     ):
         value = getattr(config, name)

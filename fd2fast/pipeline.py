@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fd2fast import artifacts
 from fd2fast.artifacts import Artifact
@@ -14,6 +15,7 @@ from fd2fast.data.prepare import describe, prepare
 from fd2fast.errors import UserError
 from fd2fast.methods import check_name, patch_factor, takes_committee
 from fd2fast.stages import distill, evaluate, patches, pretrain, relabel, report
+from fd2fast.workers import current, is_first
 
 HARD = ("random", "herding", "kcenter")
 
@@ -61,21 +63,27 @@ def check(config: RunConfig) -> list[Entry]:
 
 
 def run(config: RunConfig, *, overwrite: bool = False) -> Path:
-    """Run or resume everything below config.out; prints the table and returns the report's folder."""
+    """Run or resume everything below config.out; prints the table and returns the report's folder.
+
+    In a torchrun job the processes share the distilling; all else is done by the first, and the others wait for it.
+    """
     entries = check(config)
     out = Path(config.out)
     largest = max(config.ipc)
+    workers = current()
+
+    def by_one(stage: Callable[..., Artifact], *arguments: Any) -> Artifact:
+        return workers.first(lambda: stage(*arguments, overwrite=overwrite and is_first()))
 
     _say("data set")
-    dataset = prepare(config.data, out / "dataset", overwrite=overwrite)
-    print(describe(dataset), flush=True)
+    dataset = by_one(prepare, config.data, out / "dataset")
+    _print(describe(dataset))
 
     teachers: dict[str, Artifact] = {}
     for name in config.teachers:
         _say(f"teacher {name}")
-        teachers[name] = pretrain.run(
-            replace(config.pretrain, model=name), out / "teachers" / folder_name(name), dataset, overwrite=overwrite
-        )
+        settings = replace(config.pretrain, model=name)
+        teachers[name] = by_one(pretrain.run, settings, out / "teachers" / folder_name(name), dataset)
     first = teachers[config.teachers[0]]
 
     cut: dict[int, Artifact] = {}
@@ -84,7 +92,7 @@ def run(config: RunConfig, *, overwrite: bool = False) -> Path:
         if factor not in cut:
             _say(f"patches {factor} x {factor}")
             settings = replace(config.patches, factor=factor, per_class=max(config.patches.per_class, largest))
-            cut[factor] = patches.run(settings, out / "patches" / str(factor), dataset, first, overwrite=overwrite)
+            cut[factor] = by_one(patches.run, settings, out / "patches" / str(factor), dataset, first)
         return cut[factor]
 
     images: dict[str, Artifact] = {}
@@ -107,12 +115,12 @@ def run(config: RunConfig, *, overwrite: bool = False) -> Path:
             labels = None
             if entry.labels == "soft":
                 _say(f"labels {entry.name}, {ipc} per class")
-                labels = relabel.run(
+                labels = by_one(
+                    relabel.run,
                     replace(config.relabel, ipc=ipc),
                     out / "labels" / f"{folder_name(method)}-ipc{ipc}",
                     images[method],
                     _teachers_of(method, list(teachers.values())),
-                    overwrite=overwrite,
                 )
             for student in config.students:
                 _say(f"students {student} on {entry.name}, {ipc} per class")
@@ -120,13 +128,13 @@ def run(config: RunConfig, *, overwrite: bool = False) -> Path:
                 if entry.labels == "hard" and settings_e.epochs is None:
                     settings_e = replace(settings_e, epochs=config.relabel.epochs)
                 metrics.append(
-                    evaluate.run(
+                    by_one(
+                        evaluate.run,
                         settings_e,
                         out / "metrics" / f"{folder_name(entry.name)}-ipc{ipc}-{folder_name(student)}",
                         dataset,
                         images[method],
                         labels,
-                        overwrite=overwrite,
                     )
                 )
 
@@ -137,8 +145,10 @@ def run(config: RunConfig, *, overwrite: bool = False) -> Path:
         "images": [_relative(i, out) for i in images.values()],
         "metrics": [_relative(m, out) for m in metrics],
     }
-    artifacts.write_json(out / "run.json", index)
-    print(report_of(out), flush=True)
+    if is_first():
+        artifacts.write_json(out / "run.json", index)
+        _print(report_of(out))
+    workers.wait()
     return out / "report"
 
 
@@ -169,4 +179,10 @@ def _relative(artifact: Artifact, out: Path) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"\n== {text}", flush=True)
+    _print(f"\n== {text}")
+
+
+def _print(text: str) -> None:
+    """Once for all processes of a job."""
+    if is_first():
+        print(text, flush=True)

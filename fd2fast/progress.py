@@ -23,7 +23,8 @@ class Progress:
             dynamic_ncols=terminal,
             ncols=None if terminal else 110,
             mininterval=0.2 if terminal else 15.0,
-            disable=os.environ.get("FD2FAST_PROGRESS", "1") == "0",
+            # one bar for all processes of a torchrun job
+            disable=os.environ.get("FD2FAST_PROGRESS", "1") == "0" or os.environ.get("RANK", "0") != "0",
             leave=True,
         )
 

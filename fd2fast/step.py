@@ -540,10 +540,17 @@ class GroupedStep:
         bad = torch.zeros(len(self.offsets) - 1, device=self.device).index_add_(0, self._owner, (~rows).float())
         return bad == 0
 
+    def counters(self) -> dict[str, int]:
+        """The part of the state that lives on the host."""
+        return {"iteration": self.iteration, "phase": self.phase}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The part of the state that lives on the device: images and moments by row, loss scales by segment."""
+        return {name: getattr(self, name).detach() for name in _STATE}
+
     def state(self) -> dict[str, Any]:
-        """What resuming needs: iteration, phase, images, moments (and loss scales), on the host."""
-        tensors = {name: getattr(self, name).detach().to("cpu", copy=True) for name in _STATE}
-        return {"iteration": self.iteration, "phase": self.phase, **tensors}
+        """What resuming needs, on the host."""
+        return {**self.counters(), **{name: t.to("cpu", copy=True) for name, t in self.tensors().items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave. Raises ValueError for images that are not of this step and phase."""

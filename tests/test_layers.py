@@ -17,6 +17,8 @@ ALLOWED: dict[str, set[str]] = {
     "presets": BASE,
     "seeding": set(),
     "progress": set(),
+    "workers": set(),
+    "writer": set(),
     "artifacts": BASE,
     "device": BASE,
     "_planner": set(),
@@ -31,6 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "capture": BASE,
     "tables": BASE,
     "step": BASE | {"ops", "models", "planner", "device", "capture", "tables"},
+    "memory": BASE | {"models", "step", "methods", "planner", "ops"},
+    "inputs": BASE | {"artifacts", "data", "models", "ops", "planner", "seeding", "step"},
+    "engine": BASE | {"artifacts", "data", "inputs", "memory", "models", "progress", "step", "workers", "writer"},
     "baselines": BASE | {"artifacts", "data", "models", "device", "seeding", "progress"},
     "stages": BASE
     | {
@@ -38,6 +43,9 @@ ALLOWED: dict[str, set[str]] = {
         "baselines",
         "data",
         "device",
+        "engine",
+        "inputs",
+        "memory",
         "methods",
         "models",
         "ops",
@@ -45,10 +53,11 @@ ALLOWED: dict[str, set[str]] = {
         "progress",
         "seeding",
         "step",
+        "workers",
     },
     "info": BASE | {"device", "ops", "_planner"},
-    "pipeline": BASE | {"artifacts", "data", "methods", "stages"},
-    "cli": BASE | {"artifacts", "data", "info", "pipeline", "presets", "stages"},
+    "pipeline": BASE | {"artifacts", "data", "methods", "stages", "workers"},
+    "cli": BASE | {"artifacts", "data", "info", "pipeline", "presets", "stages", "workers"},
     "__main__": {"cli"},
 }
 

@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fd2fast import ops
-from fd2fast.artifacts import Artifact, Stage, atomic_path, open_stage, write_json
+from fd2fast.artifacts import Artifact, Stage, atomic_path, load, open_stage, write_json
 from fd2fast.config import DistillConfig
-from fd2fast.data.pixels import bounds, grid, normalise, quantize, read_image, save_image
-from fd2fast.data.store import ImageSet, load_split
+from fd2fast.data.pixels import grid, quantize, save_image
 from fd2fast.device import pick_device, settle_precision
+from fd2fast.engine import Engine
 from fd2fast.errors import UserError
+from fd2fast.inputs import Draws, Inputs, image_name
+from fd2fast.memory import StepMemory, free_bytes, measure, too_small
 from fd2fast.methods import BASELINES, check_teachers, resolve
 from fd2fast.models.fused import FusedTeacher, fuse
-from fd2fast.models.teacher import Teacher, load_teacher
-from fd2fast.planner import COLUMNS, Plan, iteration_table, make_plan
-from fd2fast.progress import Progress
-from fd2fast.seeding import derive, generator, numpy_generator
-from fd2fast.step import TERMS, GroupedStep, Priors, check_losses, map_dtype
+from fd2fast.models.teacher import load_teacher
+from fd2fast.planner import Plan, make_plan
+from fd2fast.step import TERMS, map_dtype
+from fd2fast.workers import Workers, current, local_count
 
 logger = logging.getLogger("fd2fast")
 
-Draws = Mapping[int, ArrayLike]
-
-_CHUNK = 64  # iterations whose draws are made at once
-_PRIOR_BATCH = 64  # finished images in one forward pass
+# Images of a step from which on more of them gain no speed; smaller steps resume and share out better.
+_FAST_ROWS = {"cpu": 64, "cuda": 512}
 _GRID_CLASSES, _GRID_IDS = 20, 10
-
-
-def image_name(label: int, image_id: int, extension: str) -> str:
-    """Where a distilled image lies in its artifact."""
-    return f"images/new{label:03d}/class{label:03d}_id{image_id:03d}.{extension}"
 
 
 def run(
@@ -77,39 +67,101 @@ def run(
     baseline = config.method in BASELINES
     needed = {"dataset": dataset, **_fitting_parents(config, dataset, teachers, patches)}
     device = pick_device(config.device)
-    stage = open_stage(out, "images", config, needed, overwrite=overwrite)
+    workers = current()
+    stage = workers.first(lambda: open_stage(out, "images", config, needed, overwrite=overwrite and workers.rank == 0))
     given = {"draws": _draws_digest(draws), "prior_draws": _draws_digest(prior_draws)}
     if stage.finished is not None:
         _same_draws(given, stage.finished.facts["given_draws"], stage.path)
         return stage.finished
+    workers.first(lambda: _begin(stage, given))
+
+    began = time.monotonic()
+    if baseline:
+        iterations = 0
+        if workers.rank == 0:
+            _select(config, stage, dataset, needed, device)
+        workers.wait()
+    else:
+        iterations = _optimise(
+            config, stage, dataset, teachers, needed.get("patches"), device, draws, prior_draws, workers
+        )
+
+    def finish() -> Artifact:
+        if workers.rank:
+            return load(stage.path, "images")
+        return stage.finish(
+            classes=dataset.classes,
+            size=dataset.size,
+            mean=dataset.mean,
+            std=dataset.std,
+            facts={
+                "method": config.method,
+                "semantics": config.semantics,
+                "ipc": config.ipc,
+                "teachers": [
+                    str(t.facts.get("model", t.path.name)) for k, t in needed.items() if k.startswith("teacher")
+                ],
+                "given_draws": given,
+            },
+            measured={
+                "iterations_this_run": iterations,
+                "seconds_this_run": round(time.monotonic() - began, 3),
+                "processes": workers.world,
+            },
+        )
+
+    return workers.first(finish)
+
+
+def _begin(stage: Stage, given: dict[str, Any]) -> None:
+    """Record the draws that the artifact is begun with, or refuse others than those."""
     begun = stage.state / "draws.json"
     if begun.is_file():
         _same_draws(given, json.loads(begun.read_text()), stage.path)
     write_json(begun, given)
 
-    began = time.monotonic()
-    if baseline:
-        iterations = 0
-        _select(config, stage, dataset, needed, device)
-    else:
-        work = _Work(config, stage, dataset, list(teachers), needed.get("patches"), device, draws, prior_draws)
-        # equal bytes after a restart need equal algorithms; TF32 convolutions as in the reference
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
-            iterations = work.run()
-    return stage.finish(
-        classes=dataset.classes,
-        size=dataset.size,
-        mean=dataset.mean,
-        std=dataset.std,
-        facts={
-            "method": config.method,
-            "semantics": config.semantics,
-            "ipc": config.ipc,
-            "teachers": [str(t.facts.get("model", t.path.name)) for k, t in needed.items() if k.startswith("teacher")],
-            "given_draws": given,
-        },
-        measured={"iterations_this_run": iterations, "seconds_this_run": round(time.monotonic() - began, 3)},
-    )
+
+def _optimise(
+    config: DistillConfig,
+    stage: Stage,
+    dataset: Artifact,
+    teachers: Sequence[Artifact],
+    patches: Artifact | None,
+    device: torch.device,
+    draws: Draws | None,
+    prior_draws: Draws | None,
+    workers: Workers,
+) -> int:
+    """Plan, run the steps, draw the overviews; the iterations done by this process."""
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    loaded = [load_teacher(t, device, dtype) for t in teachers]
+
+    @functools.cache
+    def fused() -> list[FusedTeacher]:
+        made = [fuse(teacher, map_dtype(config.precision, dtype)) for teacher in loaded]
+        for teacher in made:
+            if teacher.fallbacks:
+                logger.info("teacher %s: with ordinary autograd: %s", teacher.name, ", ".join(teacher.fallbacks))
+        return made
+
+    # equal bytes after a restart need equal algorithms; TF32 convolutions as in the reference
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+        plan, memory = _plan(
+            config,
+            len(dataset.classes),
+            device,
+            stage.state / "plan.json",
+            lambda: measure(config, fused(), device),
+            workers,
+        )
+        inputs = Inputs(
+            config, plan, dataset, patches, loaded, stage.path, device, draws=draws, prior_draws=prior_draws
+        )
+        engine = Engine(config, stage, inputs, fused, memory, workers)
+        iterations = engine.run()
+        if workers.rank == 0:
+            _write_overviews(engine, stage.path)
+    return iterations
 
 
 def _fitting_parents(
@@ -195,313 +247,82 @@ def _select(
     grid(shown.flatten(0, 1), shown.shape[1], titles=titles, path=stage.path / "grid.png")
 
 
-@dataclass
-class _Log:
-    """Losses of one step: means over the iterations since the line before, kept on the device until a line is due."""
+def _plan(
+    config: DistillConfig,
+    classes: int,
+    device: torch.device,
+    recorded: Path,
+    measured: Callable[[], StepMemory],
+    workers: Workers,
+) -> tuple[Plan, StepMemory | None]:
+    """The plan that this artifact was begun with, or a new one that fits the memory; UserError if no segment does."""
 
-    segments: list[int]
-    every: int
-    lines: list[tuple[int, list[list[float]]]]
-    total: Tensor
-    count: int = 0
-
-    def add(self, losses: Tensor, iteration: int, last: bool) -> list[float] | None:
-        """Take one iteration's [segments, TERMS]; every so often read them and give their mean over the segments."""
-        self.total += losses
-        self.count += 1
-        if iteration % self.every and not last:
-            return None
-        values = (self.total / self.count).tolist()
-        for segment, row in zip(self.segments, values, strict=True):
-            check_losses(row, segment, iteration)
-        self.lines.append((iteration, [[float(f"{value:.6g}") for value in row] for row in values]))
-        self.total.zero_()
-        self.count = 0
-        return [sum(column) / len(column) for column in zip(*values, strict=True)]
-
-    def state(self) -> dict[str, Any]:
-        return {"lines": self.lines, "total": self.total.cpu(), "count": self.count}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.lines = [(int(iteration), rows) for iteration, rows in state["lines"]]
-        self.total.copy_(state["total"])
-        self.count = int(state["count"])
-
-
-class _Work:
-    """One run of an optimising method."""
-
-    def __init__(
-        self,
-        config: DistillConfig,
-        stage: Stage,
-        dataset: Artifact,
-        teachers: Sequence[Artifact],
-        patches: Artifact | None,
-        device: torch.device,
-        draws: Draws | None,
-        prior_draws: Draws | None,
-    ):
-        assert config.iterations is not None
-        assert config.sizes is not None
-        self.config, self.stage, self.dataset, self.patches = config, stage, dataset, patches
-        self.iterations, self.sizes = config.iterations, config.sizes
-        self.total = sum(config.iterations)
-        self.device = device
-        self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        self.plan: Plan = make_plan(
-            len(dataset.classes),
+    def settle() -> tuple[Plan, StepMemory | None]:
+        if recorded.is_file():
+            return Plan.from_json(json.loads(recorded.read_text())), None
+        assert config.segment_size is not None
+        memory = measured()
+        limit = free_bytes(device) if config.memory_limit is None else int(config.memory_limit * 1e9)
+        if device.type == "cpu":
+            limit //= local_count()
+        rows = min(config.segment_size, classes)
+        if memory.fixed + rows * memory.row > limit:
+            raise too_small(memory, rows, limit)
+        plan = make_plan(
+            classes,
             config.ipc,
             group_size=config.group_size if config.fd2 else 1,
             segment_size=config.segment_size,
-            segments_per_step=config.segments_per_step,
+            segments_per_step=config.segments_per_step or "max",
+            max_rows_per_step=None if config.segments_per_step else max(rows, _FAST_ROWS[device.type]),
+            memory_limit=limit,
+            bytes_per_row=memory.row,
+            bytes_fixed=memory.fixed,
         )
-        self.draws, self.prior_draws = draws, prior_draws
-        self._check_draws()
-        self.teachers: list[Teacher] = [load_teacher(t, self.device, self.dtype) for t in teachers]
-        self.train: ImageSet | None = load_split(dataset, "train") if config.init == "real" else None
-        if self.train is not None:
-            self.train.require(1, "init 'real'")
-        self.extension = config.save_format or "png"
-        self.every = max(1, min(50, self.total // 20))
+        write_json(recorded, plan.to_json())
+        return plan, memory
 
-    @cached_property
-    def fused(self) -> list[FusedTeacher]:
-        """The teachers as the steps use them, made when the first step runs."""
-        fused = [fuse(teacher, map_dtype(self.config.precision, self.dtype)) for teacher in self.teachers]
-        for teacher in fused:
-            if teacher.fallbacks:
-                logger.info("teacher %s: with ordinary autograd: %s", teacher.name, ", ".join(teacher.fallbacks))
-        return fused
+    return workers.first(settle)
 
-    def _check_draws(self) -> None:
-        wanted = (self.total, len(COLUMNS))
-        for segment in range(self.plan.n_segments) if self.draws is not None else ():
-            shape = np.shape(self.draws[segment]) if segment in self.draws else None  # type: ignore[index,operator]
-            if shape != wanted:
-                raise UserError(f"draws[{segment}] must be int {list(wanted)}, got {shape}")
 
-    def run(self) -> int:
-        """Every step that is not finished yet, then the overviews; the iterations done by this process."""
-        unfinished = [step for step in self.plan.steps() if not self._is_finished(step.index, step.segments)]
-        todo = len(unfinished) * self.total
-        state = self.stage.restore("step.pt")
-        done = 0
-        if state is not None and unfinished and state["step"] == unfinished[0].index:
-            done = int(state["optimiser"]["iteration"])
-        else:
-            state = None
-        whole = self.plan.n_steps * self.total
-        with Progress(self.config.method, whole, done=whole - todo + done) as bar:
-            for step in unfinished:
-                self._run_step(step.index, step.segments, state, bar)
-                state = None
-        self._write_overviews()
-        return todo - done
-
-    def _marker(self, index: int) -> Path:
-        return self.stage.state / "steps" / f"{index:06d}.json"
-
-    def _is_finished(self, index: int, segments: NDArray[np.int64]) -> bool:
-        return self._marker(index).is_file() and all(path.is_file() for _, _, path in self._rows(segments))
-
-    def _rows(self, segments: ArrayLike) -> Iterator[tuple[int, int, Path]]:
-        """(class, image id, file) of each row of these segments."""
-        for segment in np.asarray(segments):
-            image_id = int(self.plan.image_id[segment])
-            for label in range(int(self.plan.first_class[segment]), int(self.plan.end_class[segment])):
-                yield label, image_id, self.stage.path / image_name(label, image_id, self.extension)
-
-    def _run_step(self, index: int, segments: NDArray[np.int64], state: dict[str, Any] | None, bar: Progress) -> None:
-        ids = [int(s) for s in segments]
-        offsets = [int(o) for o in self.plan.rows(segments)]
-        initial = torch.cat([self.initial_images(s) for s in ids]).to(self.device)
-        low, high = bounds(self.dataset.mean, self.dataset.std, self.dtype)
-        with _memory_errors(self.config, offsets[-1]):
-            step = GroupedStep(
-                self.config,
-                self.fused,
-                initial,
-                torch.from_numpy(self.plan.labels(segments)),
-                offsets,
-                low=low,
-                high=high,
-                committees=[self.committee(int(self.plan.image_id[s])) for s in ids],
-                priors=self._priors(segments),
-            )
-            with step:
-                log = _Log(ids, self.every, [], torch.zeros(len(ids), len(TERMS), dtype=self.dtype, device=self.device))
-                if state is not None:
-                    step.load_state(state["optimiser"])
-                    log.load_state(state["log"])
-                self._iterate(index, step, log, bar)
-        self._save_images(segments, step.images)
-        write_json(self._marker(index), {"lines": log.lines})
-
-    def _iterate(self, index: int, step: GroupedStep, log: _Log, bar: Progress) -> None:
-        table: Tensor | None = None
-        first, shown = step.iteration, step.iteration
-        while not step.finished:
-            now = step.iteration
-            if table is None or now - first >= len(table):
-                first, table = now, self._table(log.segments, now, min(_CHUNK, step.phase_end - now), step.size)
-            losses = step.iterate(table[now - first])
-            means = log.add(losses, now, step.finished)
-            if means is not None:
-                named = {n: v for n, v in zip(TERMS, means, strict=True) if v or n == "total"}
-                bar.step(step.iteration - shown, **named)
-                shown = step.iteration
-            if step.iteration % self.config.save_every == 0 and not step.finished:
-                self.stage.checkpoint("step.pt", {"step": index, "optimiser": step.state(), "log": log.state()})
-
-    def _table(self, segments: list[int], first: int, count: int, size: int) -> Tensor:
-        """Draws int [count, segments, 7] from iteration `first` on, on the host."""
-        if self.draws is not None:
-            given = [np.asarray(self.draws[s], dtype=np.int64)[first : first + count] for s in segments]
-            return torch.from_numpy(np.stack(given, axis=1))
-        assert self.config.jitter is not None
-        table = iteration_table(
-            self.config.seed,
-            segments,
-            first,
-            count,
-            size,
-            jitter=min(self.config.jitter, size - 1),
-            augment=bool(self.config.augment),
-            scale=(self.config.min_crop, 1.0),
-        )
-        return torch.from_numpy(table)
-
-    def committee(self, image_id: int) -> list[int]:
-        """The teachers of an image id, a function of (seed, image id) only, in the order given."""
-        count = self.config.teachers_per_image
-        if count is None or count == len(self.teachers):
-            return list(range(len(self.teachers)))
-        drawn = numpy_generator(self.config.seed, "committee", image_id).permutation(len(self.teachers))[:count]
-        return sorted(int(t) for t in drawn)
-
-    def initial_images(self, segment: int) -> Tensor:
-        """Normalised initial images [n, 3, S, S] of a segment on the host, a function of (seed, class, image id)."""
-        image_id = int(self.plan.image_id[segment])
-        labels = range(int(self.plan.first_class[segment]), int(self.plan.end_class[segment]))
-        size, seed = self.dataset.size, self.config.seed
-        if self.config.init == "noise":
-            shape = (len(labels), 3, size, size)
-            return torch.randn(shape, generator=generator(seed, "noise", segment)).to(self.dtype)
-        if self.config.init == "real":
-            assert self.train is not None
-            picked = []
-            for label in labels:
-                indices = self.train.of_class(label)
-                order = numpy_generator(seed, "real", label).permutation(len(indices))
-                picked.append(int(indices[order[image_id % len(order)]]))
-            pixels = self.train.pixels(picked)
-        else:
-            assert self.patches is not None
-            chosen = np.full(len(self.dataset.classes), image_id)
-            if self.config.patch_choice == "random":
-                held = int(self.patches.facts["per_class"])
-                chosen = numpy_generator(seed, "patch", image_id).integers(held, size=len(chosen))
-            names = [f"images/{k:05d}/class{k:05d}_id{int(chosen[k]):05d}.png" for k in labels]
-            pixels = torch.stack([self._read(self.patches.file(name)) for name in names])
-        return normalise(pixels, self.dataset.mean, self.dataset.std, self.dtype)
-
-    def _read(self, path: Path) -> Tensor:
-        pixels = read_image(path)
-        wanted = (3, self.dataset.size, self.dataset.size)
-        if tuple(pixels.shape) != wanted:
-            raise UserError(f"{path} must be {list(wanted)}, got {list(pixels.shape)}")
-        return pixels
-
-    def _priors(self, segments: NDArray[np.int64]) -> list[Priors | None]:
-        """Per teacher: attention of the finished images of each row's class and group, read back from their files."""
-        none: list[Priors | None] = [None] * len(self.teachers)
-        earlier, bounds_ = self.plan.priors(segments)
-        if not self.config.fd2 or not len(earlier):
-            return none
-        files: list[Path] = []
-        lengths: list[int] = []
-        draws: list[NDArray[np.int64]] = []
+def _write_overviews(engine: Engine, path: Path) -> None:
+    """plan.json with the steps as they were run, the losses with their picture, and the picture of the images."""
+    plan = engine.plan
+    found: dict[int, dict[str, Any]] = {}
+    steps: list[list[int]] = []
+    for record in engine.records():
+        segments, lines = record["segments"], record["lines"]
+        steps.append(segments)
         for position, segment in enumerate(segments):
-            ids = [int(self.plan.image_id[p]) for p in earlier[bounds_[position] : bounds_[position + 1]]]
-            labels = range(int(self.plan.first_class[segment]), int(self.plan.end_class[segment]))
-            files += [self.stage.path / image_name(k, i, self.extension) for k in labels for i in ids]
-            lengths += [len(ids)] * len(labels)
-            draws.append(self._view_draws(int(segment), labels, ids))
-        pixels = torch.stack([self._read(path) for path in files])
-        images = normalise(pixels, self.dataset.mean, self.dataset.std, self.dtype).to(self.device)
-        if self.config.prior_view == "augmented":
-            one_each = list(range(len(files) + 1))
-            images = ops.crop_flip_roll(images, torch.from_numpy(np.concatenate(draws)), one_each, self.dataset.size)
-        offsets = (0, *(int(v) for v in np.cumsum(lengths)))
-        with torch.no_grad():
-            return [
-                Priors(torch.cat([teacher(part).attention for part in images.split(_PRIOR_BATCH)]), offsets)
-                for teacher in self.teachers
-            ]
+            found[segment] = {
+                "classes": [int(plan.first_class[segment]), int(plan.end_class[segment])],
+                "image_id": int(plan.image_id[segment]),
+                "slot": int(plan.slot[segment]),
+                "iterations": [iteration for iteration, _ in lines],
+                **{term: [rows[position][t] for _, rows in lines] for t, term in enumerate(TERMS)},
+            }
+    write_json(path / "plan.json", {**plan.to_json(), "steps": steps})
+    segments_in_order = {str(s): found[s] for s in sorted(found)}
+    losses = {"mean_over_iterations_up_to": True, "terms": list(TERMS), "segments": segments_in_order}
+    write_json(path / "losses.json", losses)
+    _plot_losses(path / "losses.png", list(segments_in_order.values()), engine.config)
+    _write_grid(engine.inputs, path / "grid.png")
 
-    def _view_draws(self, segment: int, labels: range, ids: Sequence[int]) -> NDArray[np.int64]:
-        """One crop and flip (no roll) for each prior image of a segment, int [classes * ids, 7] (released)."""
-        if self.config.prior_view != "augmented" or not ids:
-            return np.zeros((0, len(COLUMNS)), np.int64)
-        if self.prior_draws is not None:
-            wanted = (len(labels) * len(ids), len(COLUMNS))
-            given = np.asarray(self.prior_draws.get(segment, ()), dtype=np.int64)
-            if given.shape != wanted:
-                raise UserError(f"prior_draws[{segment}] must be int {list(wanted)}, got {list(given.shape)}")
-            return given
-        table = iteration_table(
-            derive(self.config.seed, "prior", segment),
-            [i * len(self.dataset.classes) + k for k in labels for i in ids],  # free of IPC
-            0,
-            1,
-            self.dataset.size,
-            jitter=0,
-            augment=bool(self.config.augment),
-            scale=(self.config.min_crop, 1.0),
-        )
-        return table[0].astype(np.int64)
 
-    def _save_images(self, segments: NDArray[np.int64], images: Tensor) -> None:
-        assert self.config.quantize is not None
-        pixels = quantize(images.detach(), self.dataset.mean, self.dataset.std, self.config.quantize).cpu()
-        for (_, _, path), image in zip(self._rows(segments), pixels, strict=True):
-            save_image(path, image, self.config.save_format)
-
-    def _write_overviews(self) -> None:
-        plan = self.plan
-        steps = [[int(s) for s in step.segments] for step in plan.steps()]
-        write_json(self.stage.path / "plan.json", {**plan.to_json(), "steps": steps})
-        found: dict[int, dict[str, Any]] = {}
-        for index, segments in enumerate(steps):
-            lines = json.loads(self._marker(index).read_text())["lines"]
-            for position, segment in enumerate(segments):
-                found[segment] = {
-                    "classes": [int(plan.first_class[segment]), int(plan.end_class[segment])],
-                    "image_id": int(plan.image_id[segment]),
-                    "slot": int(plan.slot[segment]),
-                    "iterations": [iteration for iteration, _ in lines],
-                    **{term: [rows[position][t] for _, rows in lines] for t, term in enumerate(TERMS)},
-                }
-        segments_in_order = {str(s): found[s] for s in sorted(found)}
-        losses = {"mean_over_iterations_up_to": True, "terms": list(TERMS), "segments": segments_in_order}
-        write_json(self.stage.path / "losses.json", losses)
-        _plot_losses(self.stage.path / "losses.png", list(segments_in_order.values()), self.config)
-        self._write_grid()
-
-    def _write_grid(self) -> None:
-        """One row per class: the initial image of id 0, then the distilled images."""
-        classes = min(_GRID_CLASSES, len(self.dataset.classes))
-        ids = min(_GRID_IDS, self.config.ipc)
-        blocks = -(-classes // self.plan.segment_size)
-        initial = torch.cat([self.initial_images(block) for block in range(blocks)])[:classes]
-        first = quantize(initial, self.dataset.mean, self.dataset.std, "round")
-        cells: list[Tensor] = []
-        for label in range(classes):
-            cells.append(first[label])
-            cells += [self._read(self.stage.path / image_name(label, i, self.extension)) for i in range(ids)]
-        titles = [str(c) for c in self.dataset.classes[:classes]]
-        grid(torch.stack(cells), ids + 1, titles=titles, path=self.stage.path / "grid.png")
+def _write_grid(inputs: Inputs, path: Path) -> None:
+    """One row per class: the initial image of id 0, then the distilled images."""
+    dataset = inputs.dataset
+    classes = min(_GRID_CLASSES, len(dataset.classes))
+    ids = min(_GRID_IDS, inputs.config.ipc)
+    blocks = -(-classes // inputs.plan.segment_size)
+    initial = torch.cat([inputs.initial_images(block) for block in range(blocks)])[:classes]
+    first = quantize(initial, dataset.mean, dataset.std, "round")
+    cells: list[Tensor] = []
+    for label in range(classes):
+        cells.append(first[label])
+        cells += inputs.read([inputs.folder / image_name(label, i, inputs.extension) for i in range(ids)])
+    titles = [str(c) for c in dataset.classes[:classes]]
+    grid(torch.stack(cells), ids + 1, titles=titles, path=path)
 
 
 def _plot_losses(path: Path, segments: Sequence[dict[str, Any]], config: DistillConfig) -> None:
@@ -523,20 +344,3 @@ def _plot_losses(path: Path, segments: Sequence[dict[str, Any]], config: Distill
     figure.suptitle(f"{config.method}: {len(segments)} segments, mean and range")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90, metadata={"Software": None})
-
-
-@contextlib.contextmanager
-def _memory_errors(config: DistillConfig, rows: int) -> Iterator[None]:
-    """Out of memory, on a GPU or the host, as a UserError that says what to change."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "can't allocate memory" not in text and "not enough memory" not in text:
-                raise
-        raise UserError(
-            f"a step of {rows} images does not fit the memory ({text.splitlines()[0] if text else 'out of memory'}): "
-            f"lower segments_per_step (now {config.segments_per_step}), use precision bf16, or a smaller segment_size "
-            f"(now {config.segment_size}; it is part of the method); what is finished is kept"
-        ) from error

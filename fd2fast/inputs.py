@@ -1,0 +1,243 @@
+"""What a step begins with: initial images, committees, prior attention and iteration tables, functions of seed and plan."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from fd2fast import ops
+from fd2fast.artifacts import Artifact
+from fd2fast.config import DistillConfig
+from fd2fast.data.pixels import normalise, read_image
+from fd2fast.data.store import ImageSet, load_split
+from fd2fast.errors import UserError
+from fd2fast.models.teacher import Teacher
+from fd2fast.planner import COLUMNS, Plan, TableStream, iteration_table
+from fd2fast.seeding import derive, generator, numpy_generator
+from fd2fast.step import Priors
+
+Draws = Mapping[int, ArrayLike]
+
+_CHUNK = 64  # iterations in one table
+_PRIOR_BATCH = 64  # finished images in one forward pass
+_READERS = 4  # threads that decode images
+
+
+def image_name(label: int, image_id: int, extension: str) -> str:
+    """Where a distilled image lies in its artifact."""
+    return f"images/new{label:03d}/class{label:03d}_id{image_id:03d}.{extension}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Parameters of the iterations first .. first + T - 1: int [T, segments, 7] (`COLUMNS`) and rates float64 [T] or None."""
+
+    first: int
+    params: Tensor
+    rates: Tensor | None
+
+
+class Inputs:
+    """The inputs of every step of one distillation.
+
+    config: resolved. folder: where the distilled images lie, that priors are read back from. draws, prior_draws: as
+    fd2fast.stages.distill.run takes them. Raises UserError for draws and images that do not fit.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        plan: Plan,
+        dataset: Artifact,
+        patches: Artifact | None,
+        teachers: Sequence[Teacher],
+        folder: Path,
+        device: torch.device,
+        *,
+        draws: Draws | None = None,
+        prior_draws: Draws | None = None,
+    ):
+        assert config.iterations is not None
+        self.config, self.plan, self.dataset, self.patches = config, plan, dataset, patches
+        self.teachers, self.folder, self.device = list(teachers), folder, device
+        self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        self.total = sum(config.iterations)
+        self.extension = config.save_format or "png"
+        self.draws, self.prior_draws = draws, prior_draws
+        self._check_draws()
+        self.train: ImageSet | None = load_split(dataset, "train") if config.init == "real" else None
+        if self.train is not None:
+            self.train.require(1, "init 'real'")
+
+    def _check_draws(self) -> None:
+        wanted = (self.total, len(COLUMNS))
+        for segment in range(self.plan.n_segments) if self.draws is not None else ():
+            shape = np.shape(self.draws[segment]) if segment in self.draws else None  # type: ignore[index,operator]
+            if shape != wanted:
+                raise UserError(f"draws[{segment}] must be int {list(wanted)}, got {shape}")
+
+    def classes_of(self, segment: int) -> range:
+        """The segment's classes, one a row."""
+        return range(int(self.plan.first_class[segment]), int(self.plan.end_class[segment]))
+
+    def files(self, segments: Sequence[int]) -> Iterator[Path]:
+        """The distilled image of each row of these segments."""
+        for segment in segments:
+            image_id = int(self.plan.image_id[segment])
+            for label in self.classes_of(segment):
+                yield self.folder / image_name(label, image_id, self.extension)
+
+    def committee(self, image_id: int) -> list[int]:
+        """The teachers of an image id, a function of (seed, image id) only, in the order given."""
+        count = self.config.teachers_per_image
+        if count is None or count == len(self.teachers):
+            return list(range(len(self.teachers)))
+        drawn = numpy_generator(self.config.seed, "committee", image_id).permutation(len(self.teachers))[:count]
+        return sorted(int(t) for t in drawn)
+
+    def initial_images(self, segment: int) -> Tensor:
+        """Normalised initial images [n, 3, S, S] of a segment on the host, a function of (seed, class, image id)."""
+        image_id = int(self.plan.image_id[segment])
+        labels = self.classes_of(segment)
+        size, seed = self.dataset.size, self.config.seed
+        if self.config.init == "noise":
+            shape = (len(labels), 3, size, size)
+            return torch.randn(shape, generator=generator(seed, "noise", segment)).to(self.dtype)
+        if self.config.init == "real":
+            assert self.train is not None
+            picked = []
+            for label in labels:
+                indices = self.train.of_class(label)
+                order = numpy_generator(seed, "real", label).permutation(len(indices))
+                picked.append(int(indices[order[image_id % len(order)]]))
+            pixels = self.train.pixels(picked)
+        else:
+            assert self.patches is not None
+            chosen = np.full(len(self.dataset.classes), image_id)
+            if self.config.patch_choice == "random":
+                held = int(self.patches.facts["per_class"])
+                chosen = numpy_generator(seed, "patch", image_id).integers(held, size=len(chosen))
+            names = [f"images/{k:05d}/class{k:05d}_id{int(chosen[k]):05d}.png" for k in labels]
+            pixels = self.read([self.patches.file(name) for name in names])
+        return normalise(pixels, self.dataset.mean, self.dataset.std, self.dtype)
+
+    def read(self, paths: Sequence[Path]) -> Tensor:
+        """uint8 [n, 3, S, S]; UserError names a file that is damaged or of another size."""
+        wanted = (3, self.dataset.size, self.dataset.size)
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = list(pool.map(read_image, paths))
+        for path, pixels in zip(paths, found, strict=True):
+            if tuple(pixels.shape) != wanted:
+                raise UserError(f"{path} must be {list(wanted)}, got {list(pixels.shape)}")
+        return torch.stack(found)
+
+    def tables(self, segments: Sequence[int], first: int, end: int, size: int) -> Iterator[Table]:
+        """The tables of iterations first .. end - 1 for images of `size` pixels, made ahead on another thread.
+
+        A table is valid until the next but one is taken; on a GPU its memory is pinned, and the host is held back to
+        two tables ahead of the device.
+        """
+        if self.draws is not None:
+            given = np.stack([np.asarray(self.draws[s], dtype=np.int32)[first:end] for s in segments], axis=1)
+            for begin in range(0, len(given), _CHUNK):
+                yield Table(first + begin, torch.from_numpy(given[begin : begin + _CHUNK]), None)
+            return
+        assert self.config.jitter is not None
+        assert self.config.lr is not None
+        stream = TableStream(
+            self.config.seed,
+            segments,
+            first,
+            end - first,
+            size,
+            jitter=min(self.config.jitter, size - 1),
+            augment=bool(self.config.augment),
+            scale=(self.config.min_crop, 1.0),
+            lr=self.config.lr,
+            total=self.total,
+            chunk=_CHUNK,
+            depth=4,
+            keep=2,
+        )
+        with stream, _pinned(stream.memory, self.device):
+            used: deque[torch.cuda.Event] = deque()
+            for params, rates in stream:
+                yield Table(first, torch.from_numpy(params), torch.from_numpy(rates))
+                first += len(params)
+                if self.device.type == "cuda":  # the next table but one takes this one's place
+                    used.append(torch.cuda.Event())
+                    used[-1].record()
+                    if len(used) > 1:
+                        used.popleft().synchronize()
+
+    def priors(self, segments: Sequence[int]) -> list[Priors | None]:
+        """Per teacher: attention of the finished images of each row's class and group, read back from their files."""
+        none: list[Priors | None] = [None] * len(self.teachers)
+        earlier, bounds = self.plan.priors(segments)
+        if not self.config.fd2 or not len(earlier):
+            return none
+        files: list[Path] = []
+        lengths: list[int] = []
+        draws: list[NDArray[np.int64]] = []
+        for position, segment in enumerate(segments):
+            ids = [int(self.plan.image_id[p]) for p in earlier[bounds[position] : bounds[position + 1]]]
+            labels = self.classes_of(segment)
+            files += [self.folder / image_name(k, i, self.extension) for k in labels for i in ids]
+            lengths += [len(ids)] * len(labels)
+            draws.append(self._view_draws(segment, labels, ids))
+        images = normalise(self.read(files), self.dataset.mean, self.dataset.std, self.dtype).to(self.device)
+        if self.config.prior_view == "augmented":
+            one_each = list(range(len(files) + 1))
+            images = ops.crop_flip_roll(images, torch.from_numpy(np.concatenate(draws)), one_each, self.dataset.size)
+        offsets = (0, *(int(v) for v in np.cumsum(lengths)))
+        with torch.no_grad():
+            return [
+                Priors(torch.cat([teacher(part).attention for part in images.split(_PRIOR_BATCH)]), offsets)
+                for teacher in self.teachers
+            ]
+
+    def _view_draws(self, segment: int, labels: range, ids: Sequence[int]) -> NDArray[np.int64]:
+        """One crop and flip (no roll) for each prior image of a segment, int [classes * ids, 7] (released)."""
+        if self.config.prior_view != "augmented" or not ids:
+            return np.zeros((0, len(COLUMNS)), np.int64)
+        if self.prior_draws is not None:
+            wanted = (len(labels) * len(ids), len(COLUMNS))
+            given = np.asarray(self.prior_draws.get(segment, ()), dtype=np.int64)
+            if given.shape != wanted:
+                raise UserError(f"prior_draws[{segment}] must be int {list(wanted)}, got {list(given.shape)}")
+            return given
+        table = iteration_table(
+            derive(self.config.seed, "prior", segment),
+            [i * len(self.dataset.classes) + k for k in labels for i in ids],  # free of IPC
+            0,
+            1,
+            self.dataset.size,
+            jitter=0,
+            augment=bool(self.config.augment),
+            scale=(self.config.min_crop, 1.0),
+        )
+        return table[0].astype(np.int64)
+
+
+@contextlib.contextmanager
+def _pinned(memory: NDArray[np.uint8], device: torch.device) -> Iterator[None]:
+    """Page-lock host memory while copies to a GPU read it."""
+    if device.type != "cuda":
+        yield
+        return
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize(device)
+        torch.cuda.check_error(runtime.cudaHostUnregister(memory.ctypes.data))
