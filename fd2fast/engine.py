@@ -63,7 +63,8 @@ class Engine:
         self.device = inputs.device
         self.total = sum(config.iterations)
         self.every = max(1, min(50, self.total // 20))
-        self.done = 0  # iterations by this process, of whole steps
+        self.done = 0  # iterations by this process
+        self._too_many: float = float("inf")  # images that did not fit the memory
 
     def run(self) -> int:
         """Every step that is not finished; returns when all processes are through. The iterations done by this one."""
@@ -129,6 +130,9 @@ class Engine:
 
     def _run_part(self, part: Part) -> list[Part]:
         """Run it to its end; where the memory ends, give its two halves, which go on from the same iteration."""
+        rows = len(list(self.inputs.files(part.segments)))
+        if rows >= self._too_many and len(part.segments) > 1:
+            return self._split(part, part.state)
         step, log, failure = None, None, ""
         try:
             step = self._begin(part)
@@ -157,9 +161,9 @@ class Engine:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        rows = len(list(self.inputs.files(part.segments)))
         if len(part.segments) == 1:
             raise too_small(self.memory, rows, free_bytes(self.device)) from None
+        self._too_many = rows
         halves = self._split(part, state)
         iteration = state["optimiser"]["iteration"] if state else 0
         logger.warning(

@@ -268,17 +268,22 @@ def _plan(
         rows = min(config.segment_size, classes)
         if memory.fixed + rows * memory.row > limit:
             raise too_small(memory, rows, limit)
-        plan = make_plan(
+        wanted = functools.partial(
+            make_plan,
             classes,
             config.ipc,
             group_size=config.group_size if config.fd2 else 1,
             segment_size=config.segment_size,
             segments_per_step=config.segments_per_step or "max",
             max_rows_per_step=None if config.segments_per_step else max(rows, _FAST_ROWS[device.type]),
-            memory_limit=limit,
-            bytes_per_row=memory.row,
-            bytes_fixed=memory.fixed,
         )
+        plan = wanted()
+        most = max(int(plan.rows(step.segments)[-1]) for step in plan.steps())
+        if memory.fixed + most * memory.row > limit:  # only then does the plan, and rounding, depend on the machine
+            plan = wanted(memory_limit=limit, bytes_per_row=memory.row, bytes_fixed=memory.fixed)
+            logger.info(
+                "steps of %d images instead of %d, for %.2f GB of memory", plan.max_rows_per_step, most, limit / 1e9
+            )
         write_json(recorded, plan.to_json())
         return plan, memory
 

@@ -1,6 +1,7 @@
 """The distill stage: the bytes of the plain loop, resuming, prefixes of larger sets, records, refusals."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -13,10 +14,13 @@ from distill_tools import MEAN, OTHER, STD, make_dataset, make_patches, make_tea
 from PIL import Image
 
 import fd2fast
-from fd2fast.artifacts import Artifact, file_digest
+from fd2fast import engine
+from fd2fast.artifacts import Artifact, file_digest, load
 from fd2fast.config import DistillConfig, replace
 from fd2fast.errors import UserError
+from fd2fast.memory import measure
 from fd2fast.methods import resolve
+from fd2fast.models.fused import fuse
 from fd2fast.models.teacher import load_teacher
 from fd2fast.planner import iteration_table, make_plan
 from fd2fast.reference.loop import crop_flip_roll, optimise_segment, prior_attention
@@ -265,6 +269,7 @@ KILL = """
 import os, signal, sys
 from fd2fast import artifacts
 from fd2fast.config import DistillConfig, replace
+from fd2fast import engine
 from fd2fast.stages import distill
 from fd2fast.step import GroupedStep
 import torch
@@ -282,7 +287,7 @@ def deadly(original):
 if what == "iterate":
     GroupedStep.iterate = deadly(GroupedStep.iterate)
 else:
-    distill.save_image = deadly(distill.save_image)
+    engine.save_image = deadly(engine.save_image)
 load = lambda name, kind: artifacts.load(f"{root}/{name}", kind)
 config = DistillConfig(method="fadrm+_fd2", ipc=2, group_size=2, segment_size=3, segments_per_step=2,
                        iterations=(5, 6), sizes=(16, 32), save_every=4, precision="fp32")
@@ -315,7 +320,7 @@ def test_a_lost_image_of_a_finished_step_is_made_again(room: types.SimpleNamespa
     parents = (room.dataset, [room.teacher], room.patches)
     whole = distill.run(config, tmp_path / "a", *parents)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(distill._Work, "_write_overviews", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(distill, "_write_overviews", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             distill.run(config, tmp_path / "b", *parents)
     (tmp_path / "b/images/new001/class001_id000.png").unlink()
@@ -394,47 +399,185 @@ def test_what_does_not_fit_is_refused(room: types.SimpleNamespace, tmp_path: Pat
 
 def test_a_damaged_prior_is_named(room: types.SimpleNamespace, tmp_path: Path) -> None:
     config = settings(method="sre2l++_fd2", ipc=2, segments_per_step=1, iterations=(2,))
-    original = distill._Work._save_images
+    original = engine.save_image
 
-    def damage(self: distill._Work, segments: np.ndarray, images: torch.Tensor) -> None:
-        original(self, segments, images)
-        (self.stage.path / "images/new001/class001_id000.png").write_bytes(b"")
+    def damage(path: Path, pixels: torch.Tensor, extension: str) -> None:
+        original(path, pixels, extension)
+        if path.name == "class001_id000.png":
+            path.write_bytes(b"")
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(distill._Work, "_save_images", damage)
+        patched.setattr(engine, "save_image", damage)
         with pytest.raises(UserError, match="class001_id000.png.*0 bytes"):
             distill.run(config, tmp_path / "a", room.dataset, [room.teacher], room.patches)
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
-            "a step of 3 images does not fit the memory",
-        ),
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-            "lower segments_per_step",
-        ),
-    ],
-)
-def test_too_little_memory_says_what_to_change(
-    error: Exception, message: str, room: types.SimpleNamespace, tmp_path: Path
+def out_of_memory_above(rows: int, error: Exception, from_iteration: int = 0):
+    """GroupedStep.iterate that fails for more rows than fit, as a device or the host would."""
+    original = GroupedStep.iterate
+
+    def iterate(self: GroupedStep, *args: object) -> torch.Tensor:
+        if len(self.labels) > rows and self.iteration >= from_iteration:
+            raise error
+        return original(self, *args)
+
+    return iterate
+
+
+HOST_IS_FULL = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+DEVICE_IS_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+
+@pytest.mark.parametrize("error", [HOST_IS_FULL, DEVICE_IS_FULL, MemoryError()])
+def test_a_segment_that_does_not_fit_says_what_to_change(
+    error: Exception, room: types.SimpleNamespace, tmp_path: Path
 ) -> None:
-    def fail(self: GroupedStep, draws: torch.Tensor) -> torch.Tensor:
-        raise error
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(GroupedStep, "iterate", out_of_memory_above(2, error))
+        with pytest.raises(UserError, match="3 images.*segment_size"):
+            distill.run(settings(method="sre2l++"), tmp_path / "a", room.dataset, [room.teacher], room.patches)
+
+
+@pytest.mark.parametrize(("method", "at"), [("sre2l++_fd2", 0), ("fadrm+_fd2", 7)])
+def test_out_of_memory_splits_the_step_and_loses_no_iteration(
+    method: str, at: int, room: types.SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"iterations": (5, 6), "sizes": (16, 32)} if method == "fadrm+_fd2" else {"iterations": (9,)}
+    config = settings(method=method, ipc=4, segments_per_step=4, precision="fp64", **changes)
+    teachers = [room.teacher, room.other] if method == "fadrm+_fd2" else [room.teacher]
+    parents = (room.dataset, teachers, init_patches(room, tmp_path))
+    whole = distill.run(config, tmp_path / "whole", *parents)
+    calls: list[int] = []
+    fails = out_of_memory_above(6, DEVICE_IS_FULL, at)
+
+    def iterate(self: GroupedStep, *args: object) -> torch.Tensor:
+        losses = fails(self, *args)
+        calls.extend([self.iteration] * len(losses))
+        return losses
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(GroupedStep, "iterate", fail)
-        config = settings(method="sre2l++", segments_per_step=1)
-        with pytest.raises(UserError, match=message):
-            distill.run(config, tmp_path / "a", room.dataset, [room.teacher], room.patches)
+        patched.setattr(GroupedStep, "iterate", iterate)
+        split = distill.run(config, tmp_path / "split", *parents)
+    total = sum(changes["iterations"])
+    assert sorted(calls) == sorted(list(range(1, total + 1)) * 8)  # each segment, each iteration, once
+    assert "does not fit the memory" in caplog.text
+    assert f"going on at iteration {at} with 2 and 2 segments" in caplog.text
+    for k in range(CLASSES):
+        for i in range(4):
+            name = f"images/new{k:03d}/class{k:03d}_id{i:03d}.png"
+            assert np.array_equal(pixels_of(split.file(name)), pixels_of(whole.file(name)))
+    record = json.loads(split.file("plan.json").read_text())
+    assert [len(s) for s in record["steps"]] == [2, 2, 2, 2]
+    losses = [json.loads(a.file("losses.json").read_text())["segments"] for a in (split, whole)]
+    for segment, found in losses[0].items():
+        assert found["iterations"] == losses[1][segment]["iterations"]
+        assert found["total"] == pytest.approx(losses[1][segment]["total"], rel=1e-5)
+
+
+def test_a_split_step_is_resumed_where_it_was(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    """Split at iteration 4, stopped in the second half: the first half is not run again, the second goes on."""
+    config = settings(method="sre2l++", ipc=2, segments_per_step=4, iterations=(8,), precision="fp64")
+    parents = (room.dataset, [room.teacher], room.patches)
+    whole = distill.run(config, tmp_path / "whole", *parents)
+    fails = out_of_memory_above(6, DEVICE_IS_FULL, 4)
+    calls = 0
+
+    def iterate(self: GroupedStep, *args: object) -> torch.Tensor:
+        nonlocal calls
+        losses = fails(self, *args)
+        calls += 1
+        if calls > 4 + 4 + 2:
+            raise KeyboardInterrupt
+        return losses
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(GroupedStep, "iterate", iterate)
+        with pytest.raises(KeyboardInterrupt):
+            distill.run(config, tmp_path / "split", *parents)
+    resumed = distill.run(config, tmp_path / "split", *parents)
+    assert resumed.measured["iterations_this_run"] == 4  # of the second half, from where the split had saved it
+    images = {k: v for k, v in files_of(whole).items() if k.startswith("images/")}
+    assert {k: v for k, v in files_of(resumed).items() if k.startswith("images/")} == images
+
+
+def test_the_plan_fits_the_memory(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    """More memory, larger steps; too little for one segment is refused with what it needs; a begun plan stays."""
+    config = settings(method="sre2l++", ipc=3, segments_per_step=None, iterations=(2,))
+    parents = (room.dataset, [room.teacher], room.patches)
+
+    def largest_step(limit: float | None) -> int:
+        made = distill.run(replace(config, memory_limit=limit), tmp_path / str(limit), *parents)
+        return max(len(s) for s in json.loads(made.file("plan.json").read_text())["steps"])
+
+    memory = measure(
+        resolve(config, classes=CLASSES, size=SIZE),
+        [fuse(load_teacher(room.teacher, "cpu", torch.float32))],
+        torch.device("cpu"),
+    )
+    two = (memory.fixed + 6.5 * memory.row) / 1e9
+    assert largest_step(None) == 6
+    assert largest_step(two) == 2
+    with pytest.raises(UserError, match="3 images.*GB|3 images.*MB"):
+        largest_step((memory.fixed + 2.5 * memory.row) / 1e9)
+
+
+def test_two_processes_write_the_same_bytes_as_one(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    """torchrun with two gloo processes: a worker killed in its second step, the same command again, one process alone."""
+    flags = ["--method", "sre2l++_fd2", "--ipc", "3", "--group-size", "2", "--segment-size", "2", "--iterations", "5"]
+    flags += ["--segments-per-step", "1", "--precision", "fp32", "--save-every", "2", "--device", "cpu"]
+    parents = [
+        "--dataset",
+        room.root / "dataset",
+        "--teachers",
+        room.root / "teacher",
+        "--patches",
+        room.root / "patches",
+    ]
+    arguments = ["distill", *flags, *map(str, parents), "--out"]
+    together = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(command: list[str], out: Path, **extra: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*command, *arguments, str(out)], env={**environment, **extra}, capture_output=True, text=True, check=False
+        )
+
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+    ended = start([*together, str(script)], tmp_path / "two")
+    assert ended.returncode != 0
+    finished = list((tmp_path / "two/state/steps").glob("*.json"))
+    assert 1 <= len(finished) < 9
+    ended = start([*together, "-m", "fd2fast"], tmp_path / "two")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("images:") == 1
+    ended = start([sys.executable, "-m", "fd2fast"], tmp_path / "one")
+    assert ended.returncode == 0, ended.stderr
+    two, one = (load(tmp_path / name, "images") for name in ("two", "one"))
+    assert files_of(two) == files_of(one)
+    assert two.id == one.id
+    assert (two.measured["processes"], one.measured["processes"]) == (2, 1)
+
+
+DIES = """
+import os, signal, sys
+from fd2fast import cli
+from fd2fast.step import GroupedStep
+original, calls = GroupedStep.iterate, 0
+def iterate(self, *args):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls > 5 + 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args)
+GroupedStep.iterate = iterate
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 
 def test_diverged_losses_stop_the_run(room: types.SimpleNamespace, tmp_path: Path) -> None:
     original = GroupedStep.iterate
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(GroupedStep, "iterate", lambda self, draws: original(self, draws) * float("nan"))
+        patched.setattr(GroupedStep, "iterate", lambda self, *draws: original(self, *draws) * float("nan"))
         with pytest.raises(UserError, match="losses of segment 0 are not finite at iteration 0"):
             distill.run(settings(method="sre2l++"), tmp_path / "a", room.dataset, [room.teacher], room.patches)
