@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
@@ -141,6 +142,7 @@ class Engine:
             if part.state is not None:
                 step.load_state(part.state["optimiser"])
                 log.load_state(part.state["log"])
+                part = dataclasses.replace(part, state=None)  # the step holds it now
                 self.bar.step(step.iteration * len(part.segments))
             self._iterate(part, step, log)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
