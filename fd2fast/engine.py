@@ -66,6 +66,7 @@ class Engine:
         self.every = max(1, min(50, self.total // 20))
         self.done = 0  # iterations by this process
         self._too_many: float = float("inf")  # images that did not fit the memory
+        self._shown = 0  # iterations of the running part that the bar has
 
     def run(self) -> int:
         """Every step that is not finished; returns when all processes are through. The iterations done by this one."""
@@ -134,7 +135,7 @@ class Engine:
         rows = len(list(self.inputs.files(part.segments)))
         if rows >= self._too_many and len(part.segments) > 1:
             return self._split(part, part.state)
-        step, log, failure = None, None, ""
+        step, log, failure, self._shown = None, None, "", 0
         try:
             step = self._begin(part)
             zeros = torch.zeros(len(part.segments), len(TERMS), dtype=self.inputs.dtype, device=self.device)
@@ -143,7 +144,7 @@ class Engine:
                 step.load_state(part.state["optimiser"])
                 log.load_state(part.state["log"])
                 part = dataclasses.replace(part, state=None)  # the step holds it now
-                self.bar.step(step.iteration * len(part.segments))
+            self._show(part, step.iteration, since=0)
             self._iterate(part, step, log)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
@@ -175,8 +176,13 @@ class Engine:
             iteration,
             " and ".join(str(len(half.segments)) for half in halves),
         )
-        self.bar.step(-iteration * len(part.segments))
+        self._show(part, 0, since=self._shown)  # the halves show it again
         return halves
+
+    def _show(self, part: Part, iteration: int, since: int, **losses: float) -> None:
+        """Move the bar from `since` finished iterations of this part to `iteration`."""
+        self._shown = iteration
+        self.bar.step((iteration - since) * len(part.segments), **losses)
 
     def _begin(self, part: Part) -> GroupedStep:
         ids = list(part.segments)
@@ -194,7 +200,7 @@ class Engine:
         )
 
     def _iterate(self, part: Part, step: GroupedStep, log: _Log) -> None:
-        saved, shown, segments = time.monotonic(), step.iteration, len(part.segments)
+        saved = time.monotonic()
         while not step.finished:
             for table in self.inputs.tables(part.segments, step.iteration, step.phase_end, step.size):
                 step.load_table(table.params, table.rates, table.first)
@@ -203,8 +209,7 @@ class Engine:
                     self.done += 1
                     if means is not None:
                         named = {n: v for n, v in zip(TERMS, means, strict=True) if v or n == "total"}
-                        self.bar.step((iteration + 1 - shown) * segments, **named)
-                        shown = iteration + 1
+                        self._show(part, iteration + 1, since=self._shown, **named)
                     if self._save_is_due(iteration + 1, saved) and not step.finished:
                         saved = time.monotonic()
                         self.writer.submit(self._save, part, _state_of(step, log))
