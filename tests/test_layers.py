@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "capture": BASE,
     "tables": BASE,
     "step": BASE | {"ops", "models", "planner", "device", "capture", "tables"},
-    "memory": BASE | {"models", "step", "methods", "planner", "ops"},
+    "memory": BASE | {"models", "step"},
     "inputs": BASE | {"artifacts", "data", "models", "ops", "planner", "seeding", "step"},
     "engine": BASE | {"artifacts", "data", "inputs", "memory", "models", "progress", "step", "workers", "writer"},
     "baselines": BASE | {"artifacts", "data", "models", "device", "seeding", "progress"},

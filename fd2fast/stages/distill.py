@@ -266,7 +266,7 @@ def _plan(
         if device.type == "cpu":
             limit //= local_count()
         rows = min(config.segment_size, classes)
-        if memory.fixed + rows * memory.row > limit:
+        if memory.of(rows) > limit:
             raise too_small(memory, rows, limit)
         wanted = functools.partial(
             make_plan,
@@ -279,7 +279,7 @@ def _plan(
         )
         plan = wanted()
         most = max(int(plan.rows(step.segments)[-1]) for step in plan.steps())
-        if memory.fixed + most * memory.row > limit:  # only then does the plan, and rounding, depend on the machine
+        if memory.of(most) > limit:  # only then does the plan, and rounding, depend on the machine
             plan = wanted(memory_limit=limit, bytes_per_row=memory.row, bytes_fixed=memory.fixed)
             logger.info(
                 "steps of %d images instead of %d, for %.2f GB of memory", plan.max_rows_per_step, most, limit / 1e9

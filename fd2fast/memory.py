@@ -1,0 +1,184 @@
+"""How much memory a step takes, measured on one iteration of few images, and how much is free."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fd2fast.config import DistillConfig, replace
+from fd2fast.errors import UserError
+from fd2fast.models.fused import FusedTeacher
+from fd2fast.step import GroupedStep, Priors
+
+# Rows that are measured; the rest follows from the straight line through both.
+_ROWS = (2, 4)
+# Workspaces of libraries and the allocator's rounding, which the measurement does not see or sees at few rows only.
+_MARGIN = 1.08
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a step of r rows needs at its peak, beyond the teachers: fixed + r * row."""
+
+    fixed: int
+    row: int
+
+    def of(self, rows: int) -> int:
+        """Bytes of a step of so many images."""
+        return self.fixed + rows * self.row
+
+
+def measure(config: DistillConfig, teachers: Sequence[FusedTeacher], device: torch.device) -> StepMemory:
+    """The memory of a step of this method: most over the teachers' turns, at the largest side of any phase.
+
+    config: resolved. Runs one iteration of 2 and of 4 random images for every turn: on a GPU torch's own count of allocated
+    bytes is read, on a CPU the bytes of all tensors alive are added up as they come and go. Includes images, moments,
+    initial images, the view, priors (as many as the last image of a group has) and everything an iteration keeps or needs.
+    """
+    assert config.sizes is not None
+    side = max(config.sizes)
+    turns = len(teachers) if config.teacher_schedule == "round_robin" else 1
+    single = replace(config, iterations=(turns,), sizes=(side,))
+    shapes = [_map_shape(teacher, side, device) for teacher in teachers]
+    peaks = []
+    for rows in _ROWS:
+        found = _peak(device, lambda rows=rows: _iterate(single, teachers, shapes, rows, device))
+        peaks.append(found)
+    row = max(0, peaks[1] - peaks[0]) / (_ROWS[1] - _ROWS[0])
+    fixed = max(0.0, peaks[0] - _ROWS[0] * row)
+    return StepMemory(int(_MARGIN * fixed), int(_MARGIN * row) + 1)
+
+
+def _map_shape(teacher: FusedTeacher, side: int, device: torch.device) -> tuple[int, ...]:
+    with torch.no_grad():
+        image = torch.zeros(1, 3, side, side, dtype=teacher.classifier.dtype, device=device)
+        return tuple(teacher(image, (0, 1))[0].attention.shape[1:])
+
+
+def _iterate(
+    config: DistillConfig,
+    teachers: Sequence[FusedTeacher],
+    shapes: Sequence[tuple[int, ...]],
+    rows: int,
+    device: torch.device,
+) -> None:
+    """One iteration of every turn, from nothing."""
+    assert config.sizes is not None
+    assert config.iterations is not None
+    side, earlier = config.sizes[0], config.group_size - 1 if config.fd2 else 0
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    offsets = tuple(range(0, rows * earlier + 1, earlier)) if earlier else ()
+    priors = [
+        Priors(torch.rand(rows * earlier, *shape, dtype=dtype, device=device), offsets) if earlier else None
+        for shape in shapes
+    ]
+    bound = torch.full((3,), 3.0, dtype=dtype)
+    classes = min(teacher.classes for teacher in teachers)
+    step = GroupedStep(
+        config,
+        list(teachers),
+        torch.rand(rows, 3, side, side, dtype=dtype, device=device),
+        torch.arange(rows) % classes,
+        (0, rows),
+        low=-bound,
+        high=bound,
+        priors=priors,
+        graphs=False,
+    )
+    with step:
+        for _ in range(config.iterations[0]):
+            step.iterate(torch.tensor([[0, 0, max(1, side // 2), max(1, side // 2), 1, 1, 1]], dtype=torch.int32))
+
+
+def _peak(device: torch.device, work: Callable[[], None]) -> int:
+    """Most bytes that the work holds at once, beyond what was there before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _LiveTensors() as live:
+        work()
+    return live.peak
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self._take(leaf)
+        return found
+
+    def _take(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._known:
+            return
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes a step can have: on a GPU free ones and those torch caches; on a CPU what the system and its limits leave."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    if "MemAvailable" not in found:
+        raise UserError("this system does not say how much memory is free: give --memory-limit in GB")
+    return min([found["MemAvailable"], *_left_of_cgroup()])
+
+
+def _left_of_cgroup() -> list[int]:
+    """What a container's limit leaves; nothing where there is none."""
+    try:
+        most = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        cached = [
+            line for line in (_CGROUP / "memory.stat").read_text().splitlines() if line.startswith("inactive_file ")
+        ]
+        return [] if most == "max" else [int(most) - used + int(cached[0].split()[1])]
+    except (OSError, ValueError, IndexError):
+        return []
+
+
+def too_small(memory: StepMemory | None, rows: int, free: int) -> UserError:
+    """The error for one segment that does not fit: what it needs, what is free, what to change."""
+    needs = f", it needs about {_text(memory.of(rows))}" if memory is not None else ""
+    return UserError(
+        f"one segment of {rows} images does not fit the memory{needs}; {_text(free)} are free. Use precision bf16, a smaller "
+        "group_size, a device with more memory, or a smaller segment_size (part of the method: it changes the BN statistics); "
+        "what is finished is kept"
+    )
+
+
+def _text(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
