@@ -20,7 +20,7 @@ from fd2fast.artifacts import Stage, write_json
 from fd2fast.config import DistillConfig
 from fd2fast.data.pixels import bounds, quantize, save_image
 from fd2fast.inputs import Inputs
-from fd2fast.memory import StepMemory, free_bytes, too_small
+from fd2fast.memory import StepMemory, free_bytes, is_out_of_memory, too_small
 from fd2fast.models.fused import FusedTeacher
 from fd2fast.progress import Progress
 from fd2fast.step import TERMS, GroupedStep, check_losses
@@ -147,7 +147,7 @@ class Engine:
             self._show(part, step.iteration, since=0)
             self._iterate(part, step, log)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             failure = str(error).strip().split("\n")[0] or type(error).__name__
         if not failure:
@@ -287,13 +287,6 @@ def _state_of(step: GroupedStep | None, log: _Log | None) -> Callable[[], dict[s
         return {"optimiser": {**rest, **found}, "log": {**lines, "total": total}}
 
     return state
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory"))
 
 
 class _Log:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -143,8 +141,7 @@ class Inputs:
     def tables(self, segments: Sequence[int], first: int, end: int, size: int) -> Iterator[Table]:
         """The tables of iterations first .. end - 1 for images of `size` pixels, made ahead on another thread.
 
-        A table is valid until the next but one is taken; on a GPU its memory is pinned, and the host is held back to
-        two tables ahead of the device.
+        A table is valid until the next one is taken.
         """
         if self.draws is not None:
             given = np.stack([np.asarray(self.draws[s], dtype=np.int32)[first:end] for s in segments], axis=1)
@@ -165,19 +162,11 @@ class Inputs:
             lr=self.config.lr,
             total=self.total,
             chunk=_CHUNK,
-            depth=4,
-            keep=2,
         )
-        with stream, _pinned(stream.memory, self.device):
-            used: deque[torch.cuda.Event] = deque()
+        with stream:
             for params, rates in stream:
                 yield Table(first, torch.from_numpy(params), torch.from_numpy(rates))
                 first += len(params)
-                if self.device.type == "cuda":  # the next table but one takes this one's place
-                    used.append(torch.cuda.Event())
-                    used[-1].record()
-                    if len(used) > 1:
-                        used.popleft().synchronize()
 
     def priors(self, segments: Sequence[int]) -> list[Priors | None]:
         """Per teacher: attention of the finished images of each row's class and group, read back from their files."""
@@ -226,18 +215,3 @@ class Inputs:
             scale=(self.config.min_crop, 1.0),
         )
         return table[0].astype(np.int64)
-
-
-@contextlib.contextmanager
-def _pinned(memory: NDArray[np.uint8], device: torch.device) -> Iterator[None]:
-    """Page-lock host memory while copies to a GPU read it."""
-    if device.type != "cuda":
-        yield
-        return
-    runtime = torch.cuda.cudart()
-    torch.cuda.check_error(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
-    try:
-        yield
-    finally:
-        torch.cuda.synchronize(device)
-        torch.cuda.check_error(runtime.cudaHostUnregister(memory.ctypes.data))

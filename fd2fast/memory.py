@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Sequence
@@ -44,16 +45,19 @@ def measure(config: DistillConfig, teachers: Sequence[FusedTeacher], device: tor
     config: resolved. Runs one iteration of 2 and of 4 random images for every turn: on a GPU torch's own count of allocated
     bytes is read, on a CPU the bytes of all tensors alive are added up as they come and go. Includes images, moments,
     initial images, the view, priors (as many as the last image of a group has) and everything an iteration keeps or needs.
+    Raises UserError where not even this fits.
     """
     assert config.sizes is not None
     side = max(config.sizes)
     turns = len(teachers) if config.teacher_schedule == "round_robin" else 1
     single = replace(config, iterations=(turns,), sizes=(side,))
     shapes = [_map_shape(teacher, side, device) for teacher in teachers]
-    peaks = []
-    for rows in _ROWS:
-        found = _peak(device, lambda rows=rows: _iterate(single, teachers, shapes, rows, device))
-        peaks.append(found)
+    try:
+        peaks = [_peak(device, functools.partial(_iterate, single, teachers, shapes, rows, device)) for rows in _ROWS]
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise too_small(None, _ROWS[1], free_bytes(device)) from error
     row = max(0, peaks[1] - peaks[0]) / (_ROWS[1] - _ROWS[0])
     fixed = max(0.0, peaks[0] - _ROWS[0] * row)
     return StepMemory(int(_MARGIN * fixed), int(_MARGIN * row) + 1)
@@ -170,11 +174,19 @@ def _left_of_cgroup() -> list[int]:
         return []
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a device's or the host's way to say that the memory is full."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory"))
+
+
 def too_small(memory: StepMemory | None, rows: int, free: int) -> UserError:
     """The error for one segment that does not fit: what it needs, what is free, what to change."""
     needs = f", it needs about {_text(memory.of(rows))}" if memory is not None else ""
     return UserError(
-        f"one segment of {rows} images does not fit the memory{needs}; {_text(free)} are free. Use precision bf16, a smaller "
+        f"{rows} images at once do not fit the memory{needs}; {_text(free)} are free. Use precision bf16, a smaller "
         "group_size, a device with more memory, or a smaller segment_size (part of the method: it changes the BN statistics); "
         "what is finished is kept"
     )

@@ -6,6 +6,7 @@ from distill_tools import OTHER, tiny_config, tiny_teacher
 
 from fd2fast import memory
 from fd2fast.config import DistillConfig
+from fd2fast.errors import UserError
 from fd2fast.memory import StepMemory, free_bytes, measure, too_small
 from fd2fast.models.fused import FusedTeacher, fuse
 
@@ -94,6 +95,17 @@ def test_the_error_says_how_much() -> None:
     assert "500.0 MB are free" in text
     assert "segment_size" in text
     assert "needs about" not in str(too_small(None, 3, 10**10))
+
+
+def test_too_little_memory_for_the_measurement_itself(
+    teachers: list[FusedTeacher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(memory.GroupedStep, "iterate", full)
+    with pytest.raises(UserError, match="4 images at once do not fit the memory"):
+        measure(config_of("sre2l++"), teachers[:1], CPU)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from fd2fast import engine
 from fd2fast.artifacts import Artifact, file_digest, load
 from fd2fast.config import DistillConfig, replace
 from fd2fast.errors import UserError
-from fd2fast.memory import measure
+from fd2fast.memory import StepMemory, measure
 from fd2fast.methods import resolve
 from fd2fast.models.fused import fuse
 from fd2fast.models.teacher import load_teacher
@@ -250,6 +250,7 @@ def test_committees_are_drawn_per_image_id(room: types.SimpleNamespace, tmp_path
         original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(distill, "measure", lambda *_: StepMemory(0, 1))
         patched.setattr(GroupedStep, "__init__", spy)
         distill.run(config, tmp_path / "out", room.dataset, teachers, init_patches(room, tmp_path))
     assert resolved.teachers_per_image == 2
@@ -433,6 +434,7 @@ def test_a_segment_that_does_not_fit_says_what_to_change(
     error: Exception, room: types.SimpleNamespace, tmp_path: Path
 ) -> None:
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(distill, "measure", lambda *_: StepMemory(0, 1))
         patched.setattr(GroupedStep, "iterate", out_of_memory_above(2, error))
         with pytest.raises(UserError, match="3 images.*segment_size"):
             distill.run(settings(method="sre2l++"), tmp_path / "a", room.dataset, [room.teacher], room.patches)
@@ -456,6 +458,7 @@ def test_out_of_memory_splits_the_step_and_loses_no_iteration(
         return losses
 
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(distill, "measure", lambda *_: StepMemory(0, 1))
         patched.setattr(GroupedStep, "iterate", iterate)
         split = distill.run(config, tmp_path / "split", *parents)
     total = sum(changes["iterations"])
@@ -491,6 +494,7 @@ def test_a_split_step_is_resumed_where_it_was(room: types.SimpleNamespace, tmp_p
         return losses
 
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(distill, "measure", lambda *_: StepMemory(0, 1))
         patched.setattr(GroupedStep, "iterate", iterate)
         with pytest.raises(KeyboardInterrupt):
             distill.run(config, tmp_path / "split", *parents)
