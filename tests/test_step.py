@@ -72,10 +72,14 @@ def optimise(config: DistillConfig, teachers: list, plan, segments: list[int]) -
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
+        ("sre2l++", {"iterations": (30,)}),
         ("sre2l++_fd2", {"iterations": (30,)}),
-        ("sre2l++", {"iterations": (10,)}),
+        ("fadrm", {"iterations": (12, 18), "sizes": (24, 32)}),
+        ("fadrm_fd2", {"iterations": (12, 18), "sizes": (24, 32)}),
+        ("fadrm+", {"iterations": (12, 18), "sizes": (24, 32)}),
         ("fadrm+_fd2", {"iterations": (12, 18), "sizes": (24, 32)}),
-        ("cvdd_fd2", {"iterations": (12,)}),
+        ("cvdd", {"iterations": (30,)}),
+        ("cvdd_fd2", {"iterations": (30,)}),
         ("fadrm+_fd2", {"iterations": (6, 7), "sizes": (24, 32), "teachers_per_image": 2}),
     ],
 )

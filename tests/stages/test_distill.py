@@ -477,6 +477,26 @@ def test_out_of_memory_splits_the_step_and_loses_no_iteration(
         assert found["total"] == pytest.approx(losses[1][segment]["total"], rel=1e-5)
 
 
+def test_steps_of_any_size_give_the_same_images(room: types.SimpleNamespace, tmp_path: Path) -> None:
+    """IPC 5, N_S 4, class blocks of 2, 2 and 1: one segment a step, and as many as there are."""
+    patches = init_patches(room, tmp_path)
+    made = [
+        distill.run(
+            settings(method="sre2l++_fd2", ipc=5, group_size=4, segment_size=2, segments_per_step=n, precision="fp64"),
+            tmp_path / str(n),
+            room.dataset,
+            [room.teacher],
+            patches,
+        )
+        for n in (1, None)
+    ]
+    steps = [json.loads(a.file("plan.json").read_text())["steps"] for a in made]
+    assert [len(s) for s in steps] == [15, 4]
+    one, many = ({k: v for k, v in files_of(a).items() if k.startswith("images/")} for a in made)
+    assert len(one) == 5 * CLASSES
+    assert one == many
+
+
 def test_a_split_step_is_resumed_where_it_was(room: types.SimpleNamespace, tmp_path: Path) -> None:
     """Split at iteration 4, stopped in the second half: the first half is not run again, the second goes on."""
     config = settings(method="sre2l++", ipc=2, segments_per_step=4, iterations=(8,), precision="fp64")
