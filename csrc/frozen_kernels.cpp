@@ -68,6 +68,17 @@ FD2FAST_INLINE void store(bfloat16* p, F<W> v) {
     std::memcpy(p, &h, sizeof h);
 }
 
+// Bytes to and from 32 bits, by way of 16: in one step GCC 12 takes the lanes apart.
+template <int W>
+FD2FAST_INLINE I<W> widen(typename Lanes<W>::B bytes) {
+    return __builtin_convertvector(__builtin_convertvector(bytes, typename Lanes<W>::H), I<W>);
+}
+
+template <int W>
+FD2FAST_INLINE typename Lanes<W>::B narrow(I<W> v) {
+    return __builtin_convertvector(__builtin_convertvector(v, typename Lanes<W>::H), typename Lanes<W>::B);
+}
+
 template <Activation A, int W>
 FD2FAST_INLINE F<W> activate(F<W> v) {
     const F<W> zero = {};
@@ -92,8 +103,15 @@ FD2FAST_INLINE F<W> masked(F<W> v, I<W> mask) {
 }
 
 constexpr uint64_t gather = 0x0102040810204080u;  // bit 0 of eight bytes into one byte
-constexpr uint64_t spread = 0x0101010101010101u;
-constexpr uint64_t select = 0x8040201008040201u;
+
+// Lane k holds 1 << k.
+template <int W>
+FD2FAST_INLINE I<W> lane_bits() {
+    if constexpr (W == 16)
+        return I<16>{1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    else
+        return I<8>{1, 2, 4, 8, 16, 32, 64, 128};
+}
 
 // W <= 16 lanes' masks as bits; W is 1 for the channels behind the last eight: `bit` is the place in the byte.
 template <int W>
@@ -102,7 +120,7 @@ FD2FAST_INLINE void put_bits(uint8_t* bytes, int bit, I<W> mask) {
         if (bit == 0) *bytes = 0;
         *bytes |= static_cast<uint8_t>((mask[0] & 1) << bit);
     } else {
-        const auto ones = __builtin_convertvector(mask & 1, typename Lanes<W>::B);
+        const auto ones = narrow<W>(mask & 1);
         uint64_t words[W / 8];
         std::memcpy(words, &ones, W);
         for (int i = 0; i < W / 8; ++i) bytes[i] = static_cast<uint8_t>((words[i] * gather) >> 56);
@@ -116,11 +134,9 @@ FD2FAST_INLINE I<W> get_bits(const uint8_t* bytes, int bit) {
         mask[0] = -((*bytes >> bit) & 1);
         return mask;
     } else {
-        uint64_t words[W / 8];
-        for (int i = 0; i < W / 8; ++i) words[i] = (bytes[i] * spread) & select;
-        typename Lanes<W>::B chosen;
-        std::memcpy(&chosen, words, W);
-        return (I<W>)(__builtin_convertvector(chosen, I<W>) != 0);
+        int32_t all = bytes[0];
+        if constexpr (W == 16) all |= bytes[1] << 8;
+        return (I<W>)(((I<W>{} + all) & lane_bits<W>()) != 0);
     }
 }
 
@@ -371,11 +387,30 @@ void split(const Chunk& chunk, const BatchNorm& bn, const Part& part, const void
     });
 }
 
-// One output row (over all images): the first maximum of each window.
+constexpr int most_taps = 256;  // pixels of the largest window
+
+// What one pixel is made from: the other's offset in its image, and the place within the window.
+struct Taps {
+    int64_t at[most_taps];
+    int32_t place[most_taps];
+    int count = 0;
+
+    FD2FAST_INLINE void add(int64_t offset, int64_t where) {
+        at[count] = offset;
+        place[count++] = static_cast<int32_t>(where);
+    }
+};
+
+// Places of a window along one axis, from the first that lies inside to behind the last.
+FD2FAST_INLINE void inside(const Window& w, int axis, int64_t start, int64_t& first, int64_t& end) {
+    for (first = 0; first < w.kernel[axis] && start + first * w.dilation[axis] < 0;) ++first;
+    for (end = w.kernel[axis]; end > first && start + (end - 1) * w.dilation[axis] >= w.in[axis];) --end;
+}
+
+// One output pixel: the first maximum of its window.
 template <typename T>
 struct PoolPixel {
-    const Window& w;
-    int64_t channels, top, left;
+    const Taps& taps;
     const T* x;  // the image
     T* y;
     uint8_t* places;
@@ -384,20 +419,14 @@ struct PoolPixel {
     FD2FAST_INLINE void run(int64_t c) const {
         F<W> best = F<W>{} - __builtin_inff();
         I<W> place = {};
-        for (int64_t i = 0; i < w.kernel[0]; ++i) {
-            const int64_t row = top + i * w.dilation[0];
-            if (row < 0 || row >= w.in[0]) continue;
-            for (int64_t j = 0; j < w.kernel[1]; ++j) {
-                const int64_t column = left + j * w.dilation[1];
-                if (column < 0 || column >= w.in[1]) continue;
-                const F<W> v = load<W>(x + (row * w.in[1] + column) * channels + c);
-                const I<W> better = (I<W>)(v > best) | (I<W>)(v != v);
-                best = better ? v : best;
-                place = better ? I<W>{} + static_cast<int32_t>(i * w.kernel[1] + j) : place;
-            }
+        for (int k = 0; k < taps.count; ++k) {
+            const F<W> v = load<W>(x + taps.at[k] + c);
+            const I<W> better = (I<W>)(v > best) | (I<W>)(v != v);
+            best = better ? v : best;
+            place = better ? I<W>{} + taps.place[k] : place;
         }
         store<W>(y + c, best);
-        const auto bytes = __builtin_convertvector(place, typename Lanes<W>::B);
+        const auto bytes = narrow<W>(place);
         std::memcpy(places + c, &bytes, W);
     }
 };
@@ -406,20 +435,25 @@ template <typename T>
 void pool_row(const Window& w, int64_t channels, int64_t row, const void* source, void* result, uint8_t* places) {
     const T* x = static_cast<const T*>(source);
     T* y = static_cast<T*>(result);
-    const int64_t image = row / w.out[0], i = row % w.out[0];
+    const int64_t image = row / w.out[0], i = row % w.out[0], top = i * w.stride[0] - w.padding[0];
     const T* from = x + image * w.in[0] * w.in[1] * channels;
+    int64_t a, b, c, d;
+    inside(w, 0, top, a, b);
     for (int64_t j = 0; j < w.out[1]; ++j) {
-        const int64_t at = (row * w.out[1] + j) * channels;
-        for_channels(channels, PoolPixel<T>{w, channels, i * w.stride[0] - w.padding[0], j * w.stride[1] - w.padding[1],
-                                            from, y + at, places + at});
+        const int64_t left = j * w.stride[1] - w.padding[1], at = (row * w.out[1] + j) * channels;
+        inside(w, 1, left, c, d);
+        Taps taps;
+        for (int64_t p = a; p < b; ++p)
+            for (int64_t q = c; q < d; ++q)
+                taps.add(((top + p * w.dilation[0]) * w.in[1] + left + q * w.dilation[1]) * channels, p * w.kernel[1] + q);
+        for_channels(channels, PoolPixel<T>{taps, from, y + at, places + at});
     }
 }
 
 // One input pixel: the sum over the windows whose maximum it is.
 template <typename T>
 struct UnpoolPixel {
-    const Window& w;
-    int64_t channels, row, column, first_row, last_row, first_column, last_column;
+    const Taps& taps;
     const T* grad;  // the image's
     const uint8_t* places;
     T* out;
@@ -427,43 +461,72 @@ struct UnpoolPixel {
     template <int W>
     FD2FAST_INLINE void run(int64_t c) const {
         F<W> sum = {};
-        for (int64_t i = first_row; i <= last_row; ++i) {
-            const int64_t down = row + w.padding[0] - i * w.stride[0];
-            if (down % w.dilation[0] != 0) continue;
-            for (int64_t j = first_column; j <= last_column; ++j) {
-                const int64_t right = column + w.padding[1] - j * w.stride[1];
-                if (right % w.dilation[1] != 0) continue;
-                const int64_t at = (i * w.out[1] + j) * channels + c;
-                typename Lanes<W>::B bytes;
-                std::memcpy(&bytes, places + at, W);
-                const int32_t wanted =
-                    static_cast<int32_t>(down / w.dilation[0] * w.kernel[1] + right / w.dilation[1]);
-                const I<W> here = (I<W>)(__builtin_convertvector(bytes, I<W>) == I<W>{} + wanted);
-                sum += masked<W>(load<W>(grad + at), here);
-            }
+        for (int k = 0; k < taps.count; ++k) {
+            typename Lanes<W>::B bytes;
+            std::memcpy(&bytes, places + taps.at[k] + c, W);
+            const I<W> here = (I<W>)(widen<W>(bytes) == I<W>{} + taps.place[k]);
+            sum += masked<W>(load<W>(grad + taps.at[k] + c), here);
         }
         store<W>(out + c, sum);
     }
 };
 
-// First and last window along one axis that hold input index v.
-FD2FAST_INLINE void windows_of(const Window& w, int axis, int64_t v, int64_t& first, int64_t& last) {
-    const int64_t reach = (w.kernel[axis] - 1) * w.dilation[axis], s = w.stride[axis], u = v + w.padding[axis];
-    first = u <= reach ? 0 : (u - reach + s - 1) / s;
-    last = u / s < w.out[axis] ? u / s : w.out[axis] - 1;
-}
+// The windows along one axis that may hold an input index, moved on from index to index without a division.
+struct Holders {
+    const Window& w;
+    int axis;
+    int64_t first, behind;  // windows; may lie outside the output
+    int64_t to_first, to_behind;
+
+    FD2FAST_INLINE Holders(const Window& window, int along, int64_t v) : w(window), axis(along) {
+        const int64_t s = w.stride[axis], u = v + w.padding[axis], over = u - (w.kernel[axis] - 1) * w.dilation[axis];
+        first = over <= 0 ? 0 : (over + s - 1) / s;
+        to_first = first * s - over;
+        behind = u / s + 1;
+        to_behind = behind * s - u;
+    }
+
+    FD2FAST_INLINE void move() {
+        if (--to_first < 0) {
+            ++first;
+            to_first += w.stride[axis];
+        }
+        if (--to_behind == 0) {
+            ++behind;
+            to_behind = w.stride[axis];
+        }
+    }
+
+    FD2FAST_INLINE int64_t end() const { return behind < w.out[axis] ? behind : w.out[axis]; }
+
+    // The place of input index v in a window, or -1 where a dilated window steps over it.
+    FD2FAST_INLINE int64_t place(int64_t v, int64_t window) const {
+        const int64_t at = v + w.padding[axis] - window * w.stride[axis];
+        if (w.dilation[axis] == 1) return at;
+        return at % w.dilation[axis] == 0 ? at / w.dilation[axis] : -1;
+    }
+};
 
 template <typename T>
 void unpool_row(const Window& w, int64_t channels, int64_t row, const void* source, const uint8_t* places, void* result) {
     const T* grad = static_cast<const T*>(source);
     T* grad_x = static_cast<T*>(result);
     const int64_t image = row / w.in[0], i = row % w.in[0], from = image * w.out[0] * w.out[1] * channels;
-    int64_t a, b, c, d;
-    windows_of(w, 0, i, a, b);
-    for (int64_t j = 0; j < w.in[1]; ++j) {
-        windows_of(w, 1, j, c, d);
-        for_channels(channels, UnpoolPixel<T>{w, channels, i, j, a, b, c, d, grad + from, places + from,
-                                              grad_x + (row * w.in[1] + j) * channels});
+    const Holders down(w, 0, i);
+    Taps rows;
+    for (int64_t a = down.first; a < down.end(); ++a) {
+        const int64_t place = down.place(i, a);
+        if (place >= 0) rows.add(a * w.out[1], place * w.kernel[1]);
+    }
+    Holders right(w, 1, 0);
+    for (int64_t j = 0; j < w.in[1]; ++j, right.move()) {
+        Taps taps;
+        for (int64_t b = right.first; b < right.end(); ++b) {
+            const int64_t place = right.place(j, b);
+            if (place < 0) continue;
+            for (int k = 0; k < rows.count; ++k) taps.add((rows.at[k] + b) * channels, rows.place[k] + place);
+        }
+        for_channels(channels, UnpoolPixel<T>{taps, grad + from, places + from, grad_x + (row * w.in[1] + j) * channels});
     }
 }
 
