@@ -44,12 +44,14 @@ struct Axis {
 
     Axis(int64_t length, int64_t size, bool flip, int64_t roll)
         : first(size), place(size), near(size), far(size) {
-        const double scale = static_cast<double>(length) / static_cast<double>(size);
+        // in fp32, rounded in the places where torch's own resize rounds
+        const float scale = static_cast<float>(length) / static_cast<float>(size);
         const int64_t shift = ((roll % size) + size) % size;
         for (int64_t p = 0; p < size; ++p) {
-            const double at = std::clamp(scale * (static_cast<double>(p) + 0.5) - 0.5, 0.0, static_cast<double>(length - 1));
+            const float centre = scale * (static_cast<float>(p) + 0.5f);
+            const float at = std::clamp(centre - 0.5f, 0.0f, static_cast<float>(length - 1));
             first[p] = static_cast<int64_t>(at);
-            far[p] = static_cast<float>(at - static_cast<double>(first[p]));
+            far[p] = at - static_cast<float>(first[p]);
             near[p] = 1.0f - far[p];
             place[p] = ((flip ? size - 1 - p : p) + shift) % size;
         }

@@ -18,6 +18,7 @@ from fd2fast import ops
 from fd2fast.capture import Captures, CudaRecorder
 from fd2fast.config import DistillConfig
 from fd2fast.errors import UserError
+from fd2fast.models import cpu
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher
 from fd2fast.tables import COLUMNS, DeviceTable, HostTable
@@ -130,6 +131,8 @@ class GroupedStep:
         self.committees = [tuple(c) for c in committees] if committees is not None else [everyone] * segments
         self._priors = list(priors) if priors is not None else [None] * len(self.teachers)
         on_gpu = self.device.type == "cuda"
+        if not on_gpu:
+            cpu.keep_memory()
         if graphs and not on_gpu:
             raise ValueError(f"graphs need a GPU, the images are on {self.device}")
         self._check()

@@ -287,3 +287,22 @@ def test_phases_take_any_kernel_and_stride():
             grad, frozen.phase_weight(weight, strides), strides, (padding, padding), x.shape
         )
         torch.testing.assert_close(found, torch.autograd.grad(y, x, grad)[0])
+
+
+def test_freed_memory_is_kept_unless_settings_say_otherwise(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert cpu.keep_memory.__wrapped__() is False
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: object())  # no mallopt
+    assert cpu.keep_memory.__wrapped__() is False
+    asked = []
+
+    class Library:
+        @staticmethod
+        def mallopt(option, value):
+            asked.append((option, value))
+            return 1
+
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: Library)
+    assert cpu.keep_memory.__wrapped__() is True
+    assert asked == [(-1, 2**31 - 1), (-4, 0), (-2, 1 << 28)]
