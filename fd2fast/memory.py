@@ -53,7 +53,9 @@ def measure(config: DistillConfig, teachers: Sequence[FusedTeacher], device: tor
     single = replace(config, iterations=(turns,), sizes=(side,))
     shapes = [_map_shape(teacher, side, device) for teacher in teachers]
     try:
-        peaks = [_peak(device, functools.partial(_iterate, single, teachers, shapes, rows, device)) for rows in _ROWS]
+        peaks = [
+            peak_bytes(device, functools.partial(_iterate, single, teachers, shapes, rows, device)) for rows in _ROWS
+        ]
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -104,7 +106,7 @@ def _iterate(
             step.iterate(torch.tensor([[0, 0, max(1, side // 2), max(1, side // 2), 1, 1, 1]], dtype=torch.int32))
 
 
-def _peak(device: torch.device, work: Callable[[], None]) -> int:
+def peak_bytes(device: torch.device, work: Callable[[], None]) -> int:
     """Most bytes that the work holds at once, beyond what was there before."""
     gc.collect()
     if device.type == "cuda":

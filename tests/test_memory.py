@@ -31,7 +31,7 @@ def peak_of(config: DistillConfig, teachers: list[FusedTeacher], rows: int, devi
     shapes = [memory._map_shape(teacher, max(config.sizes), device) for teacher in teachers]
     turns = len(teachers) if config.teacher_schedule == "round_robin" else 1
     single = memory.replace(config, iterations=(turns,), sizes=(max(config.sizes),))
-    return memory._peak(device, lambda: memory._iterate(single, teachers, shapes, rows, device))
+    return memory.peak_bytes(device, lambda: memory._iterate(single, teachers, shapes, rows, device))
 
 
 def test_alive_bytes_are_counted() -> None:
@@ -46,8 +46,8 @@ def test_alive_bytes_are_counted() -> None:
         del b, view
         torch.zeros(500)  # 2,000, in the place of others
 
-    assert memory._peak(CPU, work) == 16_000
-    assert memory._peak(CPU, lambda: None) == 0
+    assert memory.peak_bytes(CPU, work) == 16_000
+    assert memory.peak_bytes(CPU, lambda: None) == 0
 
 
 @pytest.mark.parametrize(

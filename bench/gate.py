@@ -1,0 +1,110 @@
+"""Correctness before time: an implementation is compared with the plain loop in fp32 and refused where it disagrees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from cases import Case
+from torch import Tensor
+from ways import Engine, Plain
+
+# Iterations of every teacher after which the images are compared, at a rate at which Adam does not yet amplify rounding.
+ROUNDS, RATE = 3, 1e-3
+
+
+class DisagreementError(AssertionError):
+    """An implementation does not compute what the plain loop computes."""
+
+
+@dataclass
+class Errors:
+    """Against the plain loop, over all teachers: the largest of each, relative."""
+
+    gradient: float = 0.0  # of the first iteration, L2
+    images: float = 0.0  # how far they moved in a few iterations, L2
+    terms: dict[str, float] = field(default_factory=dict)  # of the first iteration
+
+    @property
+    def worst_term(self) -> float:
+        """The largest over the loss terms."""
+        return max(self.terms.values())
+
+    def record(self, name: str) -> dict[str, float]:
+        """For a row of results."""
+        values = (("gradient", self.gradient), ("images", self.images), ("loss terms", self.worst_term))
+        return {f"{name} {what} error": float(f"{value:.3g}") for what, value in values}
+
+
+# Largest errors by precision. A ReLU that flips changes a gradient by more than rounding does; the first steps of Adam are
+# nearly the gradient's signs, and those of small gradients flip.
+LIMITS = {
+    "fp32": Errors(gradient=5e-3, images=0.05, terms={"any": 1e-4}),
+    "tf32": Errors(gradient=8e-2, images=0.4, terms={"any": 1e-2}),
+    "bf16": Errors(gradient=0.6, images=0.8, terms={"any": 1e-2}),
+    "fp16": Errors(gradient=0.2, images=0.4, terms={"any": 1e-2}),
+}
+
+
+class Reference:
+    """What the plain loop gives for a case: first gradient and loss terms of every teacher, and the images a little later."""
+
+    def __init__(self, case: Case):
+        config = dataclasses.replace(case.config, lr=RATE)
+        self.case = dataclasses.replace(case, config=config)
+        self.firsts: list[tuple[Tensor, dict[str, float]]] = []
+        for turn in range(len(case.teachers)):
+            plain = Plain(self.case)
+            plain(turn, read=True)
+            self.firsts.append((plain.gradient, plain.terms))
+        self.moved = _moved(Plain(self.case), self.case)
+
+    def errors_of(self, make: Callable[[Case], Any]) -> Errors:
+        """make: the implementation for a case (this one, at a small learning rate)."""
+        found = Errors()
+        for turn, (gradient, terms) in enumerate(self.firsts):
+            run = make(self.case)
+            if isinstance(run, Engine):
+                run.step.iteration = turn
+            run(turn, read=True)
+            found.gradient = max(found.gradient, _apart(run.gradient, gradient))
+            for name, value in terms.items():
+                error = abs(run.terms[name] - value) / max(abs(value), 1e-6)
+                found.terms[name] = max(found.terms.get(name, 0.0), error)
+        found.images = _apart(_moved(make(self.case), self.case), self.moved)
+        return found
+
+
+def _moved(run: Any, case: Case) -> Tensor:
+    for t in range(ROUNDS * len(case.teachers)):
+        run(t)
+    return run.images.detach() - case.initial
+
+
+def _apart(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def check(name: str, errors: Errors, precision: str, peer: Errors | None = None) -> None:
+    """DisagreementError unless the errors are within the precision's limits, and not half as large again as a peer's in it."""
+    limits = LIMITS[precision]
+    for what, found, limit, other in (
+        ("gradient", errors.gradient, limits.gradient, peer and peer.gradient),
+        ("images", errors.images, limits.images, peer and peer.images),
+        ("loss terms", errors.worst_term, limits.worst_term, peer and peer.worst_term),
+    ):
+        if other is not None:
+            limit = min(limit, 1.5 * other + 0.02)
+        if not found <= limit:
+            raise DisagreementError(
+                f"{name} in {precision}: {what} off by {found:.2g} of the plain loop's, allowed {limit:.2g}"
+            )
+
+
+def settle_reference_arithmetic() -> None:
+    """Full fp32 in products and convolutions, for checks."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True

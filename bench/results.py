@@ -1,0 +1,108 @@
+"""Result files of the benches: where and how a run was made and its rows, as JSON, Markdown and PNG."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fd2fast import __version__
+from fd2fast.artifacts import write_bytes, write_json
+from fd2fast.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SCHEMA = 1
+
+
+def about(device: torch.device, bench: str, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Device, driver, clocks, load, versions, commit, command and date of a run that begins now."""
+    given = sys.argv[1:] if arguments is None else arguments
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "bench": bench,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["fd2fast", "bench", bench, *given]),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or "unknown",
+        "uncommitted changes": bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")),
+        "versions": {"fd2fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "device": _processor(),
+        "threads": torch.get_num_threads(),
+        "load before": round(os.getloadavg()[0], 2),
+    }
+    if device.type == "cuda":
+        import triton
+
+        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+        found["device"] = torch.cuda.get_device_name(device)
+        found["driver, clocks"] = _output(
+            "nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={query}", "--format=csv,noheader"
+        )
+        found["versions"] |= {"triton": triton.__version__, "cuda": torch.version.cuda}
+    return found
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """A table; "-" where a row has no value."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = (_cell(row.get(column)) for column in columns)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write(
+    folder: Path, place: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], text: str, picture: bytes | None = None
+) -> Path:
+    """BENCH-DATE.json, .md and .png in the folder; the path of the first."""
+    stamp = str(place["date"]).replace(":", "").replace("+0000", "")
+    path = Path(folder) / f"{place['bench']}-{stamp}.json"
+    write_json(path, {"about": dict(place), "rows": [dict(row) for row in rows]})
+    head = "\n".join(f"{name}: {value}" for name, value in place.items())
+    write_bytes(path.with_suffix(".md"), f"```\n{head}\n```\n\n{text}\n".encode())
+    if picture is not None:
+        write_bytes(path.with_suffix(".png"), picture)
+    return path
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """{"about": …, "rows": […]} of a result file; UserError for anything else."""
+    try:
+        found = json.loads(Path(path).read_text())
+        if found["about"]["schema"] != SCHEMA:
+            raise UserError(f"{path} has version {found['about']['schema']}, this bench reads {SCHEMA}")
+        return {"about": dict(found["about"]), "rows": list(found["rows"])}
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a result file of a bench: {error}") from error

@@ -1,0 +1,180 @@
+"""How the benches measure: runs that take turns, quantiles, peak memory, and what the device can do at most."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fd2fast.memory import is_out_of_memory, peak_bytes
+
+Run = Callable[[int], None]
+
+# Passes of an iteration over each BN input: written by the convolution, read and written by BN, read by the next one, and
+# back: two reads and a write through BN, a read and a write through the convolution.
+PASSES = 9
+
+
+def once(run: Run, t: int, device: torch.device) -> float:
+    """Milliseconds of iteration t: between CUDA events, or on the wall clock of a CPU."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        run(t)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    run(t)
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def back_to_back(run: Run, first: int, count: int, device: torch.device) -> float:
+    """Milliseconds an iteration when `count` follow each other without a wait in between, as the engine runs them."""
+    if device.type != "cuda":
+        return _wall(run, first, count)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for t in range(first, first + count):
+        run(t)
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / count
+
+
+def _wall(run: Run, first: int, count: int) -> float:
+    begin = time.perf_counter()
+    for t in range(first, first + count):
+        run(t)
+    return 1e3 * (time.perf_counter() - begin) / count
+
+
+def first_five(run: Run) -> float:
+    """The paper's protocol: mean of the first 5 iterations on the host's clock, not waiting for the device; milliseconds."""
+    begin = time.perf_counter()
+    for t in range(5):
+        run(t)
+    return 1e3 * (time.perf_counter() - begin) / 5
+
+
+def interleaved(
+    runs: dict[str, Run], rounds: int, period: int, device: torch.device, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Milliseconds an iteration, one value a round: `period` iterations (every teacher once) of each run in turn.
+
+    A run that runs out of memory is dropped: its list is empty.
+    """
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    left = dict(runs)
+    for turn in range(-warm_up, rounds):
+        for name in list(left):
+            try:
+                taken = back_to_back(left[name], (turn + warm_up) * period, period, device)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                del left[name]
+                found[name] = []
+                continue
+            if turn >= 0:
+                found[name].append(taken)
+    return found
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """10 %, median, 90 %."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[0], statistics.median(values), cuts[8]
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median over the rounds of slow / fast."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def peak_memory(make: Callable[[], Run], period: int, device: torch.device) -> tuple[float | None, float | None]:
+    """MB that the run holds at most over one period after a first one, allocated and reserved, teachers not counted.
+
+    On a CPU what its tensors hold, from making it to the end of a period; nothing is reserved there.
+    """
+    gc.collect()
+
+    def work() -> None:
+        run = make()
+        for t in range(period):
+            run(t)
+
+    if device.type != "cuda":
+        return peak_bytes(device, work) / 1e6, None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    run = make()
+    for t in range(2 * period):
+        run(t)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    for t in range(2 * period, 3 * period):
+        run(t)
+    torch.cuda.synchronize()
+    return (
+        (torch.cuda.max_memory_allocated() - before) / 1e6,
+        (torch.cuda.max_memory_reserved() - reserved) / 1e6,
+    )
+
+
+@functools.cache
+def product_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the best of a few square matrix products."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = min(once(lambda _: _use(a @ b), 0, device) for _ in range(12))
+    return 2 * side**3 / (best * 1e-3)
+
+
+@functools.cache
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s, reads and writes together, of the best of a few large copies."""
+    count = (1 << 30) if device.type == "cuda" else (1 << 26)
+    a = torch.empty(count, dtype=torch.uint8, device=device)
+    b = torch.ones_like(a)
+    best = min(once(lambda _: _use(a.copy_(b)), 0, device) for _ in range(12))
+    return 2 * count / (best * 1e-3)
+
+
+def _use(_: object) -> None:
+    return None
+
+
+def convolution_flops(module: nn.Module, image: torch.Tensor) -> float:
+    """FLOPs for one image of the module's products and convolutions, forward and gradient to the input."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        module(image[:1])
+    return 2.0 * counter.get_total_flops()
+
+
+def traffic_elements(module: nn.Module, image: torch.Tensor) -> float:
+    """Elements moved for one image: PASSES over the input of each batch norm, and the image's own."""
+    total = 0
+
+    def count(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal total
+        total += inputs[0].numel()
+
+    hooks = [m.register_forward_pre_hook(count) for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        module(image[:1])
+    for hook in hooks:
+        hook.remove()
+    return PASSES * total

@@ -1,0 +1,128 @@
+"""The paper's table at tiny sizes: its rows and files, rows that disagree or run out of memory, bad arguments."""
+
+import json
+
+import pytest
+import torch
+from bench_tools import load_bench
+
+table2, gate, timing, results = (load_bench(name) for name in ("table2", "gate", "timing", "results"))
+
+TINY = ["--quick", "--device", "cpu", "--precision", "bf16", "--rounds", "2"]
+
+
+def rows_of(folder) -> list[dict]:
+    (path,) = folder.glob("table2-*.json")
+    return results.read(path)["rows"]
+
+
+def test_rows_and_files(tmp_path, capsys):
+    ways = ["plain", "vectorised", "bf16", "graph", "engine", "engine, all"]
+    arguments = [*TINY, "--methods", "sre2l++_fd2", "fadrm+", "--priors", "1", "--ways", *ways, "--out", str(tmp_path)]
+    assert table2.main(arguments) == 0
+    rows = rows_of(tmp_path)
+    assert [(r["method"], r["way"]) for r in rows] == [(m, w) for m in ("sre2l++_fd2", "fadrm+") for w in ways]
+    for row in rows:
+        if row["way"] == "graph":
+            assert row["note"] == "needs a GPU"
+            assert "ms" not in row
+            continue
+        assert row["ms 10%"] <= row["ms"] <= row["ms 90%"]
+        assert {"first 5 ms", "images/s", "x plain", "x rival", "of limit", "peak MB", "strongest rival"} <= row.keys()
+        assert 0 < row["of limit"] < 1
+        assert row["way"] == "plain" or row[f"{row['way']} gradient error"] < 0.6
+    assert rows[0]["paper ms"] == 96.8
+    assert rows[5]["images"] == 2 * rows[4]["images"]
+    place = json.loads(next(tmp_path.glob("*.json")).read_text())["about"]
+    assert {"device", "versions", "commit", "command", "date", "load before"} <= place.keys()
+    assert "random weights; random images" in place["work"]
+    assert next(tmp_path.glob("*.png")).stat().st_size > 5000
+    assert "| sre2l++_fd2 | engine, all |" in capsys.readouterr().out
+
+
+def test_a_row_that_disagrees_gets_no_time(tmp_path, monkeypatch):
+    right = table2.Rival._update
+
+    def wrong(self):
+        self.images.grad.neg_()
+        right(self)
+
+    monkeypatch.setattr(table2.Rival, "_update", wrong)
+    ways = ["plain", "vectorised", "engine"]
+    arguments = [*TINY, "--methods", "sre2l++", "--ways", *ways, "--out", str(tmp_path)]
+    assert table2.main(arguments) == 1
+    rows = {row["way"]: row for row in rows_of(tmp_path)}
+    assert rows["vectorised"]["note"].startswith("no time: vectorised in fp32: images off by 2")
+    assert "ms" not in rows["vectorised"]
+    assert rows["engine"]["ms"] > 0
+
+
+def test_a_row_without_memory_says_so(tmp_path, monkeypatch):
+    right = table2.Rival.__call__
+
+    def full(self, t, *, read=False):
+        if not read and t >= 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        right(self, t, read=read)
+
+    monkeypatch.setattr(table2.Rival, "__call__", full)
+    ways = ["plain", "vectorised", "engine"]
+    assert table2.main([*TINY, "--methods", "sre2l++", "--ways", *ways, "--out", str(tmp_path)]) == 0
+    rows = {row["way"]: row for row in rows_of(tmp_path)}
+    assert rows["vectorised"]["note"] == "out of memory"
+    assert rows["engine"]["strongest rival"] == "plain"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "sre2l+"], "unknown method 'sre2l+'"),
+        (["--methods", "rded"], "rded picks real images"),
+        (["--ways", "fastest"], "unknown way 'fastest'"),
+        (["--classes", "9"], "classes must be a multiple of the 4 rows"),
+        (["--rows", "-1"], "rows must be at least 1"),
+        (["--device", "cuda"], "finds no GPU here"),
+        (["--dataset", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert table2.main([*TINY, "--out", str(tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_are_held_to_the_precision_and_to_a_peer():
+    good = gate.Errors(gradient=0.2, images=0.4, terms={"bn": 1e-3})
+    gate.check("row", good, "bf16", peer=good)
+    with pytest.raises(gate.DisagreementError, match=r"row in fp32: gradient off by 0.2 .* allowed 0.005"):
+        gate.check("row", good, "fp32")
+    with pytest.raises(gate.DisagreementError, match="images off by 0.4 .* allowed 0.17"):
+        gate.check("row", good, "bf16", peer=gate.Errors(gradient=0.2, images=0.1, terms={"bn": 1e-3}))
+    with pytest.raises(gate.DisagreementError, match="gradient off by nan"):
+        gate.check("row", gate.Errors(gradient=float("nan"), terms={"bn": 0.0}), "bf16")
+
+
+def test_turns_and_quantiles():
+    order: list[str] = []
+    runs = {name: lambda t, n=name: order.append(f"{n}{t}") for name in "ab"}
+    found = timing.interleaved(runs, 2, 2, torch.device("cpu"), warm_up=1)
+    assert order == ["a0", "a1", "b0", "b1", "a2", "a3", "b2", "b3", "a4", "a5", "b4", "b5"]
+    assert [len(v) for v in found.values()] == [2, 2]
+    assert timing.quantiles([3.0, 1.0, 2.0])[1] == 2.0
+    assert timing.quantiles([5.0]) == (5.0, 5.0, 5.0)
+    assert timing.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
+
+
+def test_result_files_are_checked(tmp_path):
+    for text, message in (
+        ("{", "not a result file"),
+        ("[]", "not a result file"),
+        ('{"about": {"schema": 9}, "rows": []}', "version 9"),
+    ):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(table2.UserError, match=message):
+            results.read(tmp_path / "x.json")
+    with pytest.raises(table2.UserError, match="missing"):
+        results.read(tmp_path / "y.json")
