@@ -15,9 +15,9 @@ using std::int64_t;
 using std::uint32_t;
 using std::uint8_t;
 
-const Kernels& kernels(Type type) {
+int level() {
 #ifdef FD2FAST_X86_LEVELS
-    static const int level = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    static const int found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                                      __builtin_cpu_supports("avx512cd")
                                  ? 4
@@ -25,10 +25,26 @@ const Kernels& kernels(Type type) {
                                      __builtin_cpu_supports("bmi2")
                                  ? 3
                                  : 1;
-    if (level == 4) return v4::kernels(type);
-    if (level == 3) return v3::kernels(type);
+    return found;
+#else
+    return 1;
+#endif
+}
+
+const Kernels& kernels(Type type) {
+#ifdef FD2FAST_X86_LEVELS
+    if (level() == 4) return v4::kernels(type);
+    if (level() == 3) return v3::kernels(type);
 #endif
     return base::kernels(type);
+}
+
+const VectorKernels& vector_kernels() {
+#ifdef FD2FAST_X86_LEVELS
+    if (level() == 4) return v4::vector_kernels();
+    if (level() == 3) return v3::vector_kernels();
+#endif
+    return base::vector_kernels();
 }
 
 std::vector<Chunk> chunks_of(const Map& map) {
@@ -195,6 +211,20 @@ void max_pool_backward(Type type, int64_t images, int64_t channels, const Window
     const Kernels& loops = kernels(type);
     parallel(images * window.in[0], threads,
              [&](int64_t row) { loops.unpool_row(window, channels, row, grad, places, grad_x); });
+}
+
+void distances(int64_t rows, int64_t classes, int64_t dims, const float* z, const float* prototypes, float* out, int threads) {
+    const VectorKernels& loops = vector_kernels();
+    parallel(classes, threads, [&](int64_t k) { loops.distances(rows, dims, z, prototypes + k * dims, out + k, classes); });
+}
+
+void pull(int64_t rows, int64_t classes, int64_t dims, const float* z, const float* prototypes, const float* weights,
+          float* out, int threads) {
+    const VectorKernels& loops = vector_kernels();
+    constexpr int64_t length = 64;  // a piece of every prototype stays near while all rows see it
+    parallel((dims + length - 1) / length, threads, [&](int64_t i) {
+        loops.pull(rows, classes, dims, i * length, std::min(dims, (i + 1) * length), z, prototypes, weights, out);
+    });
 }
 
 }  // namespace fd2fast::frozen

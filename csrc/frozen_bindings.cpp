@@ -98,6 +98,18 @@ PYBIND11_MODULE(_frozen, m) {
         },
         Release());
     m.def(
+        "distances",
+        [](std::int64_t rows, std::int64_t classes, std::int64_t dims, Address z, Address prototypes, Address out,
+           int threads) { distances(rows, classes, dims, floats(z), floats(prototypes), at<float>(out), threads); },
+        Release());
+    m.def(
+        "pull",
+        [](std::int64_t rows, std::int64_t classes, std::int64_t dims, Address z, Address prototypes, Address weights,
+           Address out, int threads) {
+            pull(rows, classes, dims, floats(z), floats(prototypes), floats(weights), at<float>(out), threads);
+        },
+        Release());
+    m.def(
         "max_pool_forward",
         [](bool half, std::int64_t images, std::int64_t channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
            Pair in, Pair out, Address x, Address y, Address places, int threads) {

@@ -530,6 +530,51 @@ void unpool_row(const Window& w, int64_t channels, int64_t row, const void* sour
     }
 }
 
+// One 64-dim piece of sum (z - c)^2 after the other, in four sums, so that additions do not wait for each other.
+void distances(int64_t rows, int64_t dims, const float* z, const float* c, float* out, int64_t step) {
+    constexpr int W = 16;
+    for (int64_t n = 0; n < rows; ++n) {
+        const float* own = z + n * dims;
+        F<W> sums[4] = {};
+        int64_t d = 0;
+        for (; d + 4 * W <= dims; d += 4 * W)
+            for (int i = 0; i < 4; ++i) {
+                const F<W> apart = load<W>(own + d + i * W) - load<W>(c + d + i * W);
+                sums[i] += apart * apart;
+            }
+        const F<W> all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        float sum = 0.0f;
+        for (int i = 0; i < W; ++i) sum += all[i];
+        for (; d < dims; ++d) sum += (own[d] - c[d]) * (own[d] - c[d]);
+        out[n * step] = __builtin_sqrtf(sum);
+    }
+}
+
+void pull(int64_t rows, int64_t classes, int64_t dims, int64_t first, int64_t end, const float* z, const float* prototypes,
+          const float* weights, float* out) {
+    constexpr int W = 16;
+    for (int64_t n = 0; n < rows; ++n) {
+        const float *own = z + n * dims, *by = weights + n * classes;
+        int64_t d = first;
+        for (; d + 4 * W <= end; d += 4 * W) {
+            F<W> sums[4] = {}, here[4];
+            for (int i = 0; i < 4; ++i) here[i] = load<W>(own + d + i * W);
+            for (int64_t k = 0; k < classes; ++k) {
+                const float* c = prototypes + k * dims + d;
+                for (int i = 0; i < 4; ++i) sums[i] += by[k] * (here[i] - load<W>(c + i * W));
+            }
+            for (int i = 0; i < 4; ++i) store<W>(out + n * dims + d + i * W, sums[i]);
+        }
+        for (; d < end; ++d) {
+            float sum = 0.0f;
+            for (int64_t k = 0; k < classes; ++k) sum += by[k] * (own[d] - prototypes[k * dims + d]);
+            out[n * dims + d] = sum;
+        }
+    }
+}
+
+constexpr VectorKernels all_vector_kernels = {distances, pull};
+
 template <typename T>
 constexpr Kernels kernels_for = {forward<T>, backward<T>, sums<T>, affine<T>, join<T>, split<T>, pool_row<T>, unpool_row<T>};
 
@@ -539,6 +584,7 @@ namespace FD2FAST_ISA {
 const Kernels& kernels(Type type) {
     return type == Type::float32 ? kernels_for<float> : kernels_for<bfloat16>;
 }
+const VectorKernels& vector_kernels() { return all_vector_kernels; }
 }  // namespace FD2FAST_ISA
 
 }  // namespace fd2fast::frozen

@@ -35,15 +35,27 @@ struct Kernels {
                        void* grad_x);
 };
 
+// fp32 only, whatever the type of the maps.
+struct VectorKernels {
+    // |z - c| of one c for every row
+    void (*distances)(std::int64_t rows, std::int64_t dims, const float* z, const float* c, float* out, std::int64_t step);
+    // dims [first, end) of `pull`
+    void (*pull)(std::int64_t rows, std::int64_t classes, std::int64_t dims, std::int64_t first, std::int64_t end,
+                 const float* z, const float* prototypes, const float* weights, float* out);
+};
+
 namespace base {
 const Kernels& kernels(Type type);
+const VectorKernels& vector_kernels();
 }
 #ifdef FD2FAST_X86_LEVELS
 namespace v3 {
 const Kernels& kernels(Type type);
+const VectorKernels& vector_kernels();
 }
 namespace v4 {
 const Kernels& kernels(Type type);
+const VectorKernels& vector_kernels();
 }
 #endif
 
