@@ -45,11 +45,13 @@ def attention_similarity_fwd_kernel(
     loss = tl.where(end > begin, tl.full([], 1, ACC), tl.full([], 0, ACC))
     shrink = tl.full([], 0, ACC)
     for j in range(begin, end):
+        # the interpreter's loops count in 32 bits
+        p_map = p_prior + (tl.full([], 0, tl.int64) + j) * L
         acc = tl.zeros([BLOCK], ACC)
         acc_p = tl.zeros([BLOCK], ACC)
         for start in range(0, L, BLOCK):
             b_a = tl.load(p_attention + n * L + start + o, mask=start + o < L, other=0).to(ACC)
-            b_p = tl.load(p_prior + j * L + start + o, mask=start + o < L, other=0).to(ACC)
+            b_p = tl.load(p_map + start + o, mask=start + o < L, other=0).to(ACC)
             acc += (b_a - b_p) * (b_a - b_p)
             acc_p += b_p * b_p
         distance = square_root(tl.sum(acc), ACC)
@@ -85,7 +87,8 @@ def attention_similarity_bwd_kernel(
     b_a = tl.load(p_attention + n * L + o, mask=mask, other=0).to(ACC)
     acc = b_a * tl.load(p_shrink + n)
     for j in range(begin, end):
-        b_p = tl.load(p_prior + j * L + o, mask=mask, other=0).to(ACC)
+        p_map = p_prior + (tl.full([], 0, tl.int64) + j) * L
+        b_p = tl.load(p_map + o, mask=mask, other=0).to(ACC)
         acc += tl.load(p_pull + j) * (b_a - b_p)
     grad = tl.load(p_grad + n).to(ACC)
     tl.store(p_grad_attention + n * L + o, (acc * grad).to(p_grad_attention.dtype.element_ty), mask=mask)

@@ -48,7 +48,7 @@ def _tile_offsets(
     row = start + o_r
     # pixel rows fit into 32 bits, where division is cheap
     image = (row.to(tl.int32) // pixels).to(tl.int64)
-    return (image * (channels - 1) * pixels + row)[:, None] + o_c[None, :] * pixels
+    return (image * (channels - 1) * pixels + row)[:, None] + (o_c.to(tl.int64) * pixels)[None, :]
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def bn_fwd_kernel(
         if LAST:
             o_first = first * channels + o_c
         else:
-            o_first = (first // pixels) * (channels - 1) * pixels + first + o_c * pixels
+            o_first = (first // pixels) * (channels - 1) * pixels + first + o_c.to(tl.int64) * pixels
         b_shift = tl.load(p_x + o_first, mask=o_c < tl.where(count > 0, channels, 0), other=0).to(ACC)  # [BC]
         b_sum = tl.zeros([BR, BC], ACC)
         b_square = tl.zeros([BR, BC], ACC)
