@@ -84,10 +84,12 @@ def adam_clamp_(
         _checks.same_device(name, tensor, "image", image)
     if exp_avg_sq.dtype != exp_avg.dtype:
         raise ValueError(f"exp_avg_sq must be {exp_avg.dtype} as exp_avg, got {exp_avg_sq.dtype}")
-    if isinstance(step, Tensor):
-        if step.numel() != 1:
-            raise ValueError(f"step must be an int or hold one value, got shape {list(step.shape)}")
-    elif step < 1:
+    for name, value in (("step", step), ("lr", lr)):
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"{name} must be a number or hold one, got shape {list(value.shape)}")
+            _checks.same_device(name, value, "image", image)
+    if not isinstance(step, Tensor) and step < 1:
         raise ValueError(f"step must be >= 1 (the step being taken), got {step}")
     for name, bound in (("low", low), ("high", high)):
         given = bound.numel() if isinstance(bound, Tensor) else len(bound)

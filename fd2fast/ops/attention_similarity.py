@@ -42,6 +42,8 @@ def _(grad, attention, prior, offsets, pull, shrink):
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    # no zeros for the outputs that only the backward reads
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], *output[1:])
 
 

@@ -49,6 +49,8 @@ def _(grad, features, attention, z, norm):
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    # no zeros for the outputs that only the backward reads
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:2], *output)
 
 

@@ -60,6 +60,7 @@ def _(x, running_mean, segments, dmean, dvar, norms, grad):
 
 def _matching_save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, running_mean, _, segments = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, running_mean, segments, *output[1:])
 
 
@@ -148,7 +149,7 @@ def _mask_elements(x: Tensor, activation: str, residual: Tensor | None) -> int:
 
 @torch.library.custom_op("fd2fast::bn_act_backward", mutates_args=())
 def _act_backward(
-    grad_y: Tensor,
+    grad_y: Tensor | None,
     grad_loss: Tensor | None,
     x: Tensor,
     weight: Tensor,
@@ -170,7 +171,7 @@ def _act_backward(
         running_mean=running_mean,
         running_var=running_var,
         affine=(weight, bias),
-        grad_y=dense_like(grad_y, x),
+        grad_y=None if grad_y is None else dense_like(grad_y, x),
         mask=mask,
         residual_dtype=residual_dtype,
         activation=activation,
@@ -197,18 +198,21 @@ def _(
     eps,
     residual_dtype,
 ):
-    residual = x.new_empty(0) if residual_dtype is None else torch.empty_like(x, dtype=residual_dtype)
+    none = residual_dtype is None or grad_y is None
+    residual = x.new_empty(0) if none else torch.empty_like(x, dtype=residual_dtype)
     return torch.empty_like(x), residual
 
 
 def _act_save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, running_mean, running_var, segments, residual, activation, eps, matching = inputs
+    # no zeros, at each backward, for the outputs that only it reads
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, running_mean, running_var, segments, *output[2:])
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.activation, ctx.eps, ctx.matching = activation, eps, matching
 
 
-def _act_gradient(ctx: Any, grad_y: Tensor, grad_loss: Tensor, *_: Tensor) -> tuple:
+def _act_gradient(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, *_: Tensor | None) -> tuple:
     grad_x, grad_residual = _act_backward(
         grad_y,
         grad_loss if ctx.matching else None,
@@ -217,7 +221,8 @@ def _act_gradient(ctx: Any, grad_y: Tensor, grad_loss: Tensor, *_: Tensor) -> tu
         ctx.eps,
         ctx.residual_dtype,
     )
-    return grad_x, *[None] * 5, None if ctx.residual_dtype is None else grad_residual, None, None, None
+    no_residual = ctx.residual_dtype is None or grad_y is None
+    return grad_x, *[None] * 5, None if no_residual else grad_residual, None, None, None
 
 
 _act.register_autograd(_act_gradient, setup_context=_act_save)
@@ -271,6 +276,7 @@ def match_statistics(
     """
     _checks.shape("mean", mean, ("S", "C"))
     _checks.shape("var", var, tuple(mean.shape))
+    _checks.same_device("var", var, "mean", mean)
     for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         _checks.shape(name, tensor, (mean.shape[1],))
         _checks.same_device(name, tensor, "mean", mean)

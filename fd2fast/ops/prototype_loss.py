@@ -39,6 +39,8 @@ def _(grad, z, prototypes, pull, shrink):
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    # no zeros for the outputs that only the backward reads
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:2], *output[1:])
 
 

@@ -53,21 +53,23 @@ def test_empty_lists_give_zero_and_no_gradient(device):
     assert (grad == 0).all()
 
 
-def test_equal_maps_are_at_distance_zero_and_pull_nowhere(device):
-    attention, prior, offsets = _inputs([0, 2, 3], 3, 4, 4, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_equal_maps_are_at_distance_zero_and_pull_nowhere(dtype, device):
+    attention, prior, offsets = _inputs([0, 2, 3], 3, 4, 4, dtype, device)
     prior[:2] = attention[0]
-    loss, (grad,) = check_kernel(attention_similarity_loss, [attention, prior, offsets], torch.float32)
+    loss, (grad,) = check_kernel(attention_similarity_loss, [attention, prior, offsets], dtype)
     assert loss[0] == 1
     assert (grad[0] == 0).all()
     assert (grad[1] != 0).any()
 
 
-def test_zero_maps(device):
-    attention, prior, offsets = _inputs([0, 2, 4, 6], 3, 4, 4, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_maps(dtype, device):
+    attention, prior, offsets = _inputs([0, 2, 4, 6], 3, 4, 4, dtype, device)
     attention[0] = 0
     prior[0] = 0
     prior[2] = 0
-    check_kernel(attention_similarity_loss, [attention, prior, offsets], torch.float32)
+    check_kernel(attention_similarity_loss, [attention, prior, offsets], dtype)
 
 
 def test_layouts_differ_and_have_gaps(device):

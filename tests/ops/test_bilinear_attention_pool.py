@@ -9,7 +9,15 @@ from fd2fast.ops import bilinear_attention_pool as pool
 
 LAST = torch.channels_last
 # N, C, M, H, W: one tile and several, of channels (64, 128) and pixels (32, 64), with remainders
-SIZES = [(1, 2, 3, 1, 1), (2, 7, 3, 1, 2), (3, 63, 5, 3, 5), (2, 131, 17, 7, 7), (1, 65, 33, 1, 67), (2, 5, 64, 4, 4)]
+SIZES = [
+    (1, 2, 3, 1, 1),
+    (3, 11, 1, 2, 3),
+    (2, 7, 3, 1, 2),
+    (3, 63, 5, 3, 5),
+    (2, 131, 17, 7, 7),
+    (1, 65, 33, 1, 67),
+    (2, 5, 64, 4, 4),
+]
 
 
 def _inputs(n, c, m, h, w, dtype=torch.float32, device="cpu"):
@@ -57,17 +65,26 @@ def test_gradient_to_one_input(which, device):
     check_kernel(pool, _inputs(2, 5, 3, 2, 2, device=device), torch.float32, grads=(which,))
 
 
-def test_zero_products_give_zero_and_no_gradient(device):
-    features, attention = _inputs(3, 6, 4, 3, 3, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_products_give_zero_and_no_gradient(dtype, device):
+    features, attention = _inputs(3, 6, 4, 3, 3, dtype, device)
     features[0] = 0
     features[1, 2] = 0
     attention[1, 3] = 0
-    z, (to_features, to_attention) = check_kernel(pool, [features, attention], torch.float32, grads=(0, 1))
+    z, (to_features, to_attention) = check_kernel(pool, [features, attention], dtype, grads=(0, 1))
     assert (z[0] == 0).all()
     assert (to_features[0] == 0).all()
     assert (to_attention[0] == 0).all()
     assert (to_features[1, 2] == 0).all()
     assert torch.linalg.vector_norm(z[1:], dim=1).sub(1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_maps(dtype, device):
+    """Every channel and every map alike: the gradient is the differences of equal numbers."""
+    features, attention = (t[:, :1].expand(t.shape).contiguous() for t in _inputs(2, 5, 3, 3, 2, dtype, device))
+    attention[1] = 0.5
+    check_kernel(pool, [features, attention], dtype, grads=(0, 1))
 
 
 def test_products_of_both_signs_next_to_zero(device):

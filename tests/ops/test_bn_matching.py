@@ -3,6 +3,7 @@
 import pytest
 import torch
 from numerics import check_gradient, check_output
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fd2fast import ops
 from fd2fast.ops import _dispatch
@@ -139,14 +140,27 @@ def test_statistics(dtype, layout, device):
     _compare(lambda backend, x: ops.segment_statistics(x, [0, 2, 2, 5], backend=backend), [x], dtype)
 
 
-def test_statistics_of_parts_match_as_the_whole(device):
-    x = _input((5, 12, 3, 3), torch.float32, device, LAST)
+@LAYOUTS
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_statistics_of_parts_match_as_the_whole(backend, layout, device):
+    """As in a DenseNet: each map's statistics are taken once and compared in every layer that reads it."""
+    x = _input((5, 12, 3, 3), torch.float32, device, layout).requires_grad_()
     _, _, mean, var = _channels(12, torch.float32, device)
-    parts = [ops.segment_statistics(part, [0, 2, 5]) for part in x.split(4, dim=1)]
-    means, variances = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
-    torch.testing.assert_close(
-        ops.match_statistics(means, variances, mean, var), ops.bn_matching(x, mean, var, [0, 2, 5])
-    )
+    segments = [0, 2, 5]
+    parts = [
+        ops.segment_statistics(part.contiguous(memory_format=layout), segments, backend=backend)
+        for part in x.split(4, dim=1)
+    ]
+    losses, expected = [], []
+    for seen in (1, 2, 3):
+        means, variances = (torch.cat(p, dim=1) for p in zip(*parts[:seen], strict=True))
+        c = 4 * seen
+        losses.append(ops.match_statistics(means, variances, mean[:c], var[:c]))
+        expected.append(ops.bn_matching(x[:, :c], mean[:c], var[:c], segments, backend="reference"))
+    weights = torch.tensor([[1.0, 2.0], [0.5, -1.0], [3.0, 0.25]], device=device)
+    totals = [(torch.stack(one) * weights).sum() for one in (losses, expected)]
+    torch.testing.assert_close(torch.stack(losses), torch.stack(expected))
+    torch.testing.assert_close(*(torch.autograd.grad(total, x)[0] for total in totals))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float64 kernels run in the interpreter only")
@@ -229,15 +243,79 @@ def test_input_with_gaps_and_mixed_layouts(device):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_only_one_result_used(device):
-    x = _input((4, 8, 3, 3), torch.float32, device, LAST).requires_grad_()
+@LAYOUTS
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_only_one_result_used(with_residual, layout, device):
+    x = _input((4, 8, 3, 3), torch.float32, device, layout).requires_grad_()
+    residual = torch.randn_like(x).requires_grad_() if with_residual else None
     channels = _channels(8, torch.float32, device)
     for index in (0, 1):
         gradients = []
         for backend in ("triton", "reference"):
-            result = ops.bn_act_matching(x, *channels, [0, 4], backend=backend)[index]
-            gradients.append(torch.autograd.grad(result.sum(), x)[0])
-        torch.testing.assert_close(*gradients)
+            result = ops.bn_act_matching(x, *channels, [0, 4], residual=residual, backend=backend)[index]
+            wanted = (x, residual) if with_residual else (x,)
+            gradients.append(torch.autograd.grad(result.sum(), wanted, allow_unused=True))
+        for actual, expected in zip(*gradients, strict=True):
+            assert (actual is None) == (expected is None)
+            if actual is not None:
+                torch.testing.assert_close(actual, expected)
+
+
+@LAYOUTS
+def test_the_backward_fills_nothing_with_zeros(layout, device):
+    """Autograd would make zeros for each output without a gradient, such as the mask of every element."""
+
+    class NoZeros(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten.zeros.default
+            return func(*args, **(kwargs or {}))
+
+    x, residual = (_input((4, 8, 3, 3), torch.float32, device, layout).requires_grad_() for _ in range(2))
+    channels = _channels(8, torch.float32, device)
+    y, loss = ops.bn_act_matching(x, *channels, [0, 4], residual=residual, backend="triton")
+    alone = ops.bn_matching(x, *channels[2:], [0, 4], backend="triton")
+    ones = [torch.ones_like(t) for t in (y, loss, alone)]
+    with NoZeros():
+        torch.autograd.grad([y, loss, alone], (x, residual), ones)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("_small_tiles")
+def test_hard_inputs(dtype, layout, device):
+    """Channels of variance 0, one of them at its running mean; an image of zeros; a segment of one image of one value."""
+    x = _input((4, 16, 3, 1), dtype, device, layout, 3)
+    x[:, 3], x[:, 4], x[1], x[3] = 2.0, -1.5, 0.0, 0.5
+    weight, bias, mean, var = _channels(16, torch.float32, device)
+    mean[3], var[5] = 2.0, 0.0
+
+    def function(backend, x, residual):
+        return ops.bn_act_matching(
+            x, weight, bias, mean, var, [0, 1, 3, 4], residual=residual, eps=1e-3, backend=backend
+        )
+
+    _compare(function, [x, _input((4, 16, 3, 1), dtype, device, layout)], dtype)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_ties_at_the_bounds_of_the_activation(with_residual, activation, dtype, layout, device):
+    values = torch.tensor([0.0, -0.0, 6.0, 3.0, -1.0, 7.0], device=device).to(dtype)
+    x = values.view(1, 1, 6, 1).repeat(2, 8, 1, 1).to(memory_format=layout)
+    ones, zeros = torch.ones(8, device=device), torch.zeros(8, device=device)
+    results = []
+    for backend in ("triton", "reference"):
+        leaf = x.detach().requires_grad_()
+        residual = torch.zeros_like(x).requires_grad_() if with_residual else None
+        y = ops.bn_act(
+            leaf, ones, zeros, zeros, ones, residual=residual, activation=activation, eps=0.0, backend=backend
+        )
+        wanted = (leaf, residual) if with_residual else (leaf,)
+        results.append((y, *torch.autograd.grad(y, wanted, 2.5 * torch.ones_like(y))))
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_nan_is_not_hidden_by_the_activation(device):

@@ -102,6 +102,31 @@ CASES = {
     "step": (lambda: _adam(step=0), "step must be >= 1 .*, got 0"),
     "grad": (lambda: _adam(grad=X[:2]), r"grad must be \[4, 3, 5, 5\], got \[2, 3, 5, 5\]"),
     "moments": (lambda: _adam(exp_avg_sq=torch.zeros_like(X).double()), "exp_avg_sq must be torch.float32 as exp_avg"),
+    "step device": (
+        lambda: _adam(step=torch.ones((), device="meta")),
+        "step must be on image's device cpu, got meta",
+    ),
+    "rate device": (lambda: _adam(lr=torch.ones((), device="meta")), "lr must be on image's device cpu, got meta"),
+    "rate values": (lambda: _adam(lr=torch.ones(2)), r"lr must be a number or hold one, got shape \[2\]"),
+    "grad device": (lambda: _adam(grad=X.to("meta")), "grad must be on image's device cpu, got meta"),
+    "pool device": (
+        lambda: ops.bilinear_attention_pool(X, X.to("meta")),
+        "attention must be on features's device cpu, got meta",
+    ),
+    "l2 device": (lambda: ops.normalized_l2(X, X.to("meta")), "v must be on u's device cpu, got meta"),
+    "prototypes device": (
+        lambda: ops.prototype_loss(torch.ones(2, 4), torch.ones(3, 4, device="meta"), torch.zeros(2).long()),
+        "prototypes must be on z's device cpu, got meta",
+    ),
+    "prior device": (
+        lambda: ops.attention_similarity_loss(X, X.to("meta"), [0, 1, 2, 3, 4]),
+        "prior must be on attention's device cpu, got meta",
+    ),
+    "residual device": (lambda: _bn(residual=X.to("meta")), "residual must be on x's device cpu, got meta"),
+    "statistics device": (
+        lambda: ops.match_statistics(C[None], C[None].to("meta"), C, C),
+        "var must be on mean's device cpu, got meta",
+    ),
     "low": (lambda: _adam(low=[0.0]), r"low must be \[C\] = \[3\], got \[1\]"),
 }
 

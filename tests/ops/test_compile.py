@@ -14,6 +14,10 @@ def _constants(*shape):
     return torch.linspace(0.1, 1.9, math.prod(shape)).sin().abs().reshape(shape)
 
 
+def _flat(outputs):
+    return torch.cat([o.flatten() for o in outputs])
+
+
 CASES = {
     "bilinear_attention_pool": lambda x: ops.bilinear_attention_pool(x, x[:, :2].abs()),
     "normalized_l2": lambda x: ops.normalized_l2(x, x.detach() + 1),
@@ -26,7 +30,10 @@ CASES = {
     ),
     "bn_matching": lambda x: ops.bn_matching(x, _constants(3), _constants(3), SEGMENTS),
     "bn_matching, list": lambda x: ops.bn_matching(x, _constants(3), _constants(3), [0, 1, 4]),
-    "bn_act_matching": lambda x: ops.bn_act_matching(x, *_constants(4, 3), SEGMENTS)[0],
+    "bn_act_matching": lambda x: _flat(ops.bn_act_matching(x, *_constants(4, 3), SEGMENTS, residual=x.flip(0))),
+    "bn_act": lambda x: ops.bn_act(x, *_constants(4, 3), activation="relu6"),
+    "segment_statistics": lambda x: _flat(ops.segment_statistics(x, SEGMENTS)),
+    "match_statistics": lambda x: ops.match_statistics(x[:, :, 0, 0], x[:, :, 1, 1], *_constants(2, 3)),
     "crop_flip_roll": lambda x: ops.crop_flip_roll(
         x, torch.tensor([[0, 1, 3, 3, 1, 0, 1], [1, 1, 4, 2, 0, 2, 0]]), SEGMENTS, 6
     ),
@@ -44,17 +51,25 @@ def test_whole_graph(case, device):
     torch.testing.assert_close(torch.autograd.grad(actual, x, g), torch.autograd.grad(expected, x, g))
 
 
+def test_every_operation_is_here():
+    assert {case.partition(",")[0] for case in CASES} | {"adam_clamp_"} == set(ops.__all__)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_adam_whole_graph(as_tensor):
+def test_adam_whole_graph(as_tensor, backend, device):
+    if backend == "triton":
+        pytest.importorskip("triton")
     torch._dynamo.reset()
-    step, lr = (torch.tensor(3), torch.tensor(0.1)) if as_tensor else (3, 0.1)
+    step, lr = (torch.tensor(3, device=device), torch.tensor(0.1, device=device)) if as_tensor else (3, 0.1)
+    low = torch.full((3,), -2.0, device=device)
 
     def update(image, grad, m, v):
-        ops.adam_clamp_(
-            image, grad, m, v, step, lr=lr, betas=(0.5, 0.9), eps=1e-8, low=torch.full((3,), -2.0), high=[2.0, 2.1, 2.2]
-        )
+        settings = {"lr": lr, "betas": (0.5, 0.9), "eps": 1e-8, "low": low, "high": [2.0, 2.1, 2.2]}
+        ops.adam_clamp_(image, grad, m, v, step, **settings, backend=backend)
 
-    state = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4)]
+    state = [torch.randn(2, 3, 4, 4, device=device) for _ in range(4)]
+    state[3].abs_()
     expected = [s.clone() for s in state]
     update(*expected)
     torch.compile(update, fullgraph=True, backend="aot_eager")(*state)

@@ -63,15 +63,16 @@ def test_at_a_prototype_the_gradient_is_zero(device):
     check_kernel(prototype_loss, [z, prototypes, labels], torch.float32)
 
 
-def test_zero_vectors_and_equal_prototypes(device):
-    z, prototypes, labels = _inputs(6, 7, 30, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_vectors_and_equal_prototypes(dtype, device):
+    z, prototypes, labels = _inputs(6, 7, 30, dtype, device)
     z[0] = 0
     z[1] = 0
     prototypes[3] = 0
     prototypes[4] = prototypes[5]
     labels = torch.tensor([3, 0, 3, 4, 5, 5], device=device)
     z[5] = prototypes[4]
-    check_kernel(prototype_loss, [z, prototypes, labels], torch.float32)
+    check_kernel(prototype_loss, [z, prototypes, labels], dtype)
 
 
 def test_gaps_between_rows_and_columns(device):
