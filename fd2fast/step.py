@@ -361,7 +361,11 @@ class GroupedStep:
         return self._resized_priors[key]
 
     def _teacher_losses(self, task: _Task, view: Tensor) -> Tensor:
-        """[segments of the part, TERMS] of one teacher, with its graph; column 0 is the weighted total (Eq. 12)."""
+        """[segments of the part, TERMS] of one teacher, with its graph; column 0 is the weighted total (Eq. 12).
+
+        Not compiled: on a CPU torch.compile takes head and losses from 4.0 to 2.3 ms of an iteration's 388 (ResNet-18, 10
+        images of 224 x 224, bf16, one thread), for half a minute of compilation.
+        """
         config, part = self.config, task.part
         teacher, alpha = self._fused[task.teacher], self._alphas[task.teacher]
         assert config.r_bn is not None

@@ -233,9 +233,8 @@ def whole_table(config: DistillConfig, segments: int) -> torch.Tensor:
     return torch.stack([table(config, list(range(segments)), t, side) for t, side in enumerate(sides)])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("precision", "on_device"), [("fp32", False), ("fp32", True), ("fp16", True)])
 @pytest.mark.parametrize(("method", "changes"), CASES)
-@pytest.mark.parametrize("on_device", [False, True])
 def test_an_iteration_asks_nothing_of_the_host(
     method: str, changes: dict, precision: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
