@@ -1,5 +1,7 @@
 """The crop_flip_roll kernels against torchvision and the reference: values, adjoint, layouts, segments, scales."""
 
+import sys
+
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
@@ -71,6 +73,48 @@ def test_each_segment_has_its_parameters(segments, as_tensor, device):
     for row, a, b in zip(rows, segments, segments[1:], strict=False):
         if a < b:
             torch.testing.assert_close(out[a:b], _torchvision(images[a:b], row, 5), rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """On the CPU only these rows of large images are made, because the interpreter takes a program for each."""
+    if torch.cuda.is_available():
+        return lambda rows, size: range(size)
+    from triton.runtime import interpreter
+
+    def choose(rows, size):
+        def chosen(*bounds):
+            launching = sys._getframe(1).f_code is interpreter.GridExecutor.__call__.__code__
+            return [r % size for r in rows] if launching and bounds == (size,) else range(*bounds)
+
+        monkeypatch.setattr(interpreter, "range", chosen, raising=False)
+        return [r % size for r in rows]
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(32, 32, 448), (448, 448, 32), (224, 224, 200), (200, 200, 224), (447, 224, 448)]
+)
+def test_sizes_of_real_images(height, width, size, few_rows, device):
+    """Rows of the view equal torchvision's, and rows of the adjoint the reference's own gradient."""
+    images, y = torch.randn(1, 3, height, width, device=device), torch.randn(1, 3, size, size, device=device)
+    rows = [[0, 0, height, width, 1, 5, -3]]
+    if height > 32:
+        rows.append([height // 5, width // 3, height // 2, width // 2 + 1, 0, size // 2, 31])
+    for row in rows:
+        seen = few_rows([3 * size // 7, -1], size)
+        out = ops.crop_flip_roll(images, [row], [0, 1], size, backend="triton")
+        expected = _torchvision(images, row, size)
+        torch.testing.assert_close(out[:, :, seen], expected[:, :, seen], rtol=0, atol=1e-5)
+
+        x = images.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(ops.crop_flip_roll(x, [row], [0, 1], size, backend="reference"), x, y)
+        seen = few_rows([row[0] + row[2] // 2] if height == 32 else [row[0], row[0] + row[2] // 2, -1], height)
+        params, segments = torch.tensor([row], device=device), torch.tensor([0, 1], device=device)
+        adjoint = torch.ops.fd2fast.crop_flip_roll_adjoint(y, params, segments, height, width, False)
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(adjoint[:, :, seen], expected[:, :, seen], rtol=0, atol=1e-5 * max(1, largest))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float64 kernels run in the interpreter only")
