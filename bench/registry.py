@@ -142,9 +142,10 @@ def _crop(device: torch.device, n: int, size: int, out: int, segments: int) -> P
     return Problem(call, (images,), (0,), torch.float32, crop + grad, grad + _bytes(images))
 
 
-def _adam(device: torch.device, n: int, size: int) -> Problem:
+def _adam(device: torch.device, n: int, size: int, moments: str = "float32") -> Problem:
     state = [torch.randn(n, 3, size, size, device=device).to(memory_format=torch.channels_last) for _ in range(4)]
     state[3] = state[3].square()
+    state[2:] = [t.to(getattr(torch, moments)) for t in state[2:]]
     low, high = torch.tensor([-2.1, -2.0, -1.8], device=device), torch.tensor([2.2, 2.4, 2.6], device=device)
 
     def call(image: Tensor, grad: Tensor, m: Tensor, v: Tensor, *, backend: str) -> tuple[Tensor, ...]:
@@ -152,8 +153,11 @@ def _adam(device: torch.device, n: int, size: int) -> Problem:
         ops.adam_clamp_(image, grad, m, v, 3, **settings, backend=backend)
         return image, m, v
 
-    moved = _bytes(*state) + 3 * _bytes(state[0])
-    return Problem(call, tuple(state), (), torch.float32, moved, 0)
+    # all four in, all but the gradient out
+    moved = 2 * _bytes(*state) - _bytes(state[1])
+    # the image too carries the rounding of its moments
+    dtype = torch.float32 if state[2].dtype == torch.float32 else torch.bfloat16
+    return Problem(call, tuple(state), (), dtype, moved, 0)
 
 
 # operation -> its problem at the sizes of bench/shapes.py

@@ -39,7 +39,7 @@ PAPER = {
         {"n": 100, "size": 200, "out": 224, "segments": 1},
         {"n": 100, "size": 224, "out": 200, "segments": 1},
     ],
-    "adam_clamp_": [{"n": n, "size": 224} for n in (100, 1600)],
+    "adam_clamp_": [{"n": n, "size": 224, "moments": m} for n in (100, 1600) for m in ("float32", "bfloat16")],
 }
 
 # for tests of the benches themselves, in the interpreter
@@ -50,5 +50,5 @@ TINY = {
     "bn_matching": [{"n": 3, "c": 8, "size": 3, "segments": 2}],
     "bn_act_matching": [{"n": 3, "c": 8, "size": 3, "segments": 2, "residual": r} for r in (0, 1)],
     "crop_flip_roll": [{"n": 2, "size": 3, "out": 4, "segments": 2}],
-    "adam_clamp_": [{"n": 2, "size": 3}],
+    "adam_clamp_": [{"n": 2, "size": 3, "moments": m} for m in ("float32", "bfloat16")],
 }

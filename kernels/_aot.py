@@ -18,12 +18,16 @@ from triton.compiler import ASTSource
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: registers per thread, shared bytes per block, stack bytes per thread (spills)."""
+    """What one compiled kernel takes: registers per thread, shared bytes per block, stack bytes per thread (spills).
+
+    atomics: atomic operations in it, whose order a result would depend on.
+    """
 
     title: str
     registers: int
     shared: int
     spills: int
+    atomics: int
 
 
 def compilations() -> list[Compilation]:
@@ -59,7 +63,8 @@ def compile_sm90(compilation: Compilation) -> Resources:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    return Resources(compilation.title, used["REG"], compiled.metadata.shared, used["STACK"] + used["LOCAL"])
+    spills, atomics = used["STACK"] + used["LOCAL"], compiled.asm["ttir"].count("tt.atomic")
+    return Resources(compilation.title, used["REG"], compiled.metadata.shared, spills, atomics)
 
 
 def main() -> None:

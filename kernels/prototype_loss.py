@@ -160,6 +160,12 @@ def _splits(n: int, k: int, d: int) -> tuple[int, int]:
     return triton.cdiv(max(d, 1), span), span
 
 
+def _loss_tile(splits: int) -> dict[str, int]:
+    """Splits and classes in one tile of the second kernel: at most 32 numbers for each thread."""
+    bs = triton.next_power_of_2(splits)
+    return PROTOTYPE_LOSS | {"BS": bs, "BK": min(PROTOTYPE_LOSS["BK"], 4096 // bs)}
+
+
 def prototype_loss_fwd(
     z: Tensor, prototypes: Tensor, labels: Tensor, beta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,9 +208,8 @@ def prototype_loss_fwd(
         splits,
         EPS=eps,
         ACC=acc,
-        BS=triton.next_power_of_2(splits),
         **_weights(beta, k),
-        **PROTOTYPE_LOSS,
+        **_loss_tile(splits),
         **OPTIONS,
     )
     return loss, pull, shrink
@@ -263,12 +268,12 @@ def compilations() -> Iterator[Compilation]:
             divisible=("D", "stride_z", "stride_k"),
             **options,
         )
-    constants, options = split_options(PROTOTYPE_LOSS)
-    for splits in (1, 32):
+    for splits in (1, 8, 32):
+        constants, options = split_options(_loss_tile(splits))
         yield Compilation(
             prototype_loss_fwd_kernel,
             {"p_square": "*fp32", "p_labels": "*i64", "p_loss": "*fp32", "p_pull": "*fp32", "p_shrink": "*fp32"}
             | {"N": "i32", "K": "i32", "S": "i32"},
-            {"ACC": tl.float32, "EPS": 1e-6, "BS": splits} | _weights(0.5, 200) | constants,
+            {"ACC": tl.float32, "EPS": 1e-6} | _weights(0.5, 200) | constants,
             **options,
         )

@@ -54,7 +54,9 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:2], *output)
 
 
-def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+def _gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
+    if grad is None:
+        return (None,) * 3
     return (*_pool_backward(grad, *ctx.saved_tensors), None)
 
 

@@ -64,7 +64,9 @@ def _matching_save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(x, running_mean, segments, *output[1:])
 
 
-def _matching_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
+def _matching_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
+    if grad is None:
+        return (None,) * 4
     return _matching_backward(*ctx.saved_tensors, grad), None, None, None
 
 
@@ -213,6 +215,8 @@ def _act_save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _act_gradient(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, *_: Tensor | None) -> tuple:
+    if grad_y is None and grad_loss is None:
+        return (None,) * 10
     grad_x, grad_residual = _act_backward(
         grad_y,
         grad_loss if ctx.matching else None,

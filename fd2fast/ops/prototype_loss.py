@@ -44,7 +44,9 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:2], *output[1:])
 
 
-def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
+def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
+    if grad is None:
+        return (None,) * 5
     return _loss_backward(grad, *ctx.saved_tensors), None, None, None, None
 
 
