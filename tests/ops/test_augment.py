@@ -79,7 +79,7 @@ def test_each_segment_has_its_parameters(segments, as_tensor, device):
 def few_rows(monkeypatch):
     """On the CPU only these rows of large images are made, because the interpreter takes a program for each."""
     if torch.cuda.is_available():
-        return lambda rows, size: range(size)
+        return lambda rows, size: list(range(size))
     from triton.runtime import interpreter
 
     def choose(rows, size):
