@@ -547,10 +547,11 @@ def bn_bwd(
 
 
 def compilations() -> Iterator[Compilation]:
-    """The pipeline's configurations: both layouts, three tile shapes, input types, and each combination of results."""
+    """The pipeline's configurations: both layouts, each tile shape, input types, and each combination of results."""
     for x_type in ("bf16", "fp16", "fp32"):
-        for channels, last in ((3, True), (8, True), (24, True), (512, True), (512, False)):
+        for channels, last in ((3, True), (8, True), (16, True), (24, True), (512, True), (512, False)):
             yield from _forward_backward(x_type, channels, last, RELU, residual=True, matching=True)
+        yield from _forward_backward(x_type, 512, True, IDENTITY, residual=True, matching=True)
         yield from _forward_backward(x_type, 512, True, RELU6, residual=False, matching=True)
         yield from _forward_backward(x_type, 512, True, RELU, residual=False, matching=False)
         yield from _forward_backward(x_type, 512, True, None, residual=False, matching=True)
@@ -591,7 +592,7 @@ def _forward_backward(
 ) -> Iterator[Compilation]:
     br, bc, warps = _configs.bn_tile(channels, last)
     normalise = activation is not None
-    name = {None: "identity", RELU: "relu", RELU6: "relu6"}[activation]
+    name = {None: "identity", IDENTITY: "identity", RELU: "relu", RELU6: "relu6"}[activation]
     shared = {
         "UNIT": 8 if channels % 8 == 0 else 1,
         "EPS": 1e-5,
