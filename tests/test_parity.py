@@ -90,7 +90,9 @@ def test_step_is_the_loop(name: str) -> None:
     assert torch.isfinite(losses).all()
 
 
-@pytest.mark.parametrize("name", ["sre2l++", "sre2l++_fd2", "fadrm", "fadrm+_fd2", "cvdd", "cvdd_fd2"])
+@pytest.mark.parametrize(
+    "name", ["sre2l++", "sre2l++_fd2", "fadrm", "fadrm_fd2", "fadrm+", "fadrm+_fd2", "cvdd", "cvdd_fd2"]
+)
 def test_losses_and_gradient_of_one_step(name: str) -> None:
     """fp32: relative L2 of the gradient below 1e-5; every loss term agrees."""
     config, teachers = case(name, torch.float32)
