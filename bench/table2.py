@@ -119,7 +119,7 @@ class Options:
             "classes": 200 if gpu else 20,
             "rows": 100 if gpu else 10,
             "size": 224 if gpu else 112,
-            "rounds": 200 if gpu else 15,
+            "rounds": 200 if gpu else 10,
         }
         if self.quick:
             default = {
