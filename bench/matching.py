@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -354,23 +353,17 @@ def measure(method: str, options: Options, device: torch.device) -> dict[str, An
     return row
 
 
-def picture(rows: Sequence[dict[str, Any]], title: str) -> bytes:
-    """Bars of the times; PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def picture(rows: Sequence[dict[str, Any]], title: str) -> Any:
+    """Bars of the times."""
     shown = [row for row in rows if "ms" in row]
-    figure = Figure(figsize=(6, 2.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = results.figure_of(6, 2.2)
     axes = figure.add_subplot()
     axes.barh([row["method"] for row in shown], [row["ms"] for row in shown])
     for place, row in enumerate(shown):
         axes.text(row["ms"], place, f" {row['ms']:.4g}", va="center", fontsize=8)
     axes.set_xlabel("ms per iteration of all images")
     axes.set_title(title, fontsize=8)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return file.getvalue()
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -390,10 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.width}, {options.real} real images a class, DATM {options.steps} steps of {options.batch}; random images"
     )
     rows = [measure(method, options, device) for method in options.methods]
-    text = results.markdown(rows, COLUMNS)
-    path = results.write(options.out, place, rows, text, picture(rows, f"{place['device']}: {place['work']}"))
-    print(text)
-    print(path)
+    results.publish(options.out, place, rows, COLUMNS, picture)
     return int(any(str(row.get("note", "")).startswith("no time") for row in rows))
 
 

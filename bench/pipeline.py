@@ -13,9 +13,9 @@ is measured with fewer images and the time is taken in proportion, marked so.
 from __future__ import annotations
 
 import dataclasses
-import io
 import statistics
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,27 +142,26 @@ def cub(options: Options, device: torch.device) -> list[dict[str, Any]]:
     return [*rows, row]
 
 
-def picture(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
-    """Seconds of every stage; PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
+    """Seconds of every stage."""
     shown = [row for row in rows if row["case"] == "stages"] or [row for row in rows if "ms" in row]
-    names = [row["stage"] if row["case"] == "stages" else f"step, {row['priors']} earlier images" for row in shown]
+    names = [
+        textwrap.shorten(row["stage"].replace("-", " "), 30, placeholder=" …")
+        if row["case"] == "stages"
+        else f"step, {row['priors']} earlier images"
+        for row in shown
+    ]
     values = [row["seconds"] if row["case"] == "stages" else row["ms"] / 1e3 for row in shown]
-    figure = Figure(figsize=(8, 0.8 + 0.27 * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = results.figure_of(8, 0.8 + 0.27 * len(shown))
     axes = figure.add_subplot()
-    axes.barh(names, values)
+    axes.barh(range(len(values)), values, tick_label=names)
     for place, value in enumerate(values):
         axes.text(value, place, f" {value:.3g}", va="center", fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(values, default=1))
     axes.set_xlabel("seconds")
-    axes.set_title(title, fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return file.getvalue()
+    figure.suptitle(title, fontsize=8)
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -172,18 +171,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = pick_device(given.device)
         options = given.settled(device)
         place = results.about(device, "pipeline", arguments)
-        place["work"] = (
-            f"run {options.run or options.preset}; CUB: segments of {options.rows} images of {options.size}²"
-        )
+        name = options.run.name if options.run else options.preset
+        place["work"] = f"run {name}; CUB: segments of {options.rows} images of {options.size}²"
         rows = stages(options) if "stages" in options.parts else []
         rows += cub(options, device) if "cub" in options.parts else []
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    text = results.markdown(rows, COLUMNS)
-    path = results.write(options.out, place, rows, text, picture(rows, f"{place['device']}: {place['work']}"))
-    print(text)
-    print(path)
+    results.publish(options.out, place, rows, COLUMNS, picture)
     return 0
 
 

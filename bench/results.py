@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,33 @@ def write(
     if picture is not None:
         write_bytes(path.with_suffix(".png"), picture)
     return path
+
+
+def publish(
+    folder: Path,
+    place: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    picture: Callable[[Sequence[Mapping[str, Any]], str], Any],
+) -> None:
+    """Write the files and print the table. picture: draws the rows under a title, a matplotlib Figure."""
+    text = markdown(rows, columns)
+    figure = picture(rows, f"{place['device']}: {place['work']}")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    path = write(folder, place, rows, text, file.getvalue())
+    print(text)
+    print(path)
+
+
+def figure_of(width: float, height: float) -> Any:
+    """An empty matplotlib Figure, in inches, that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def read(path: Path | str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import io
 import statistics
 import sys
 import time
@@ -290,13 +289,9 @@ def measure(options: Options, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def picture(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
-    """Cost per image against the step's size, the earlier images and the classes; speed-up against processes; PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12.5, 3), layout="constrained")
-    FigureCanvasAgg(figure)
+def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
+    """Cost per image against the step's size, the earlier images and the classes; speed-up against processes."""
+    figure = results.figure_of(12.5, 3)
     panels = (
         ("step", "segments", "us an image", "segments in a step"),
         ("group", "priors", "us an image", "earlier images of the class"),
@@ -320,9 +315,7 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
         axes.set_xlabel(label)
         axes.set_ylabel("µs an image and iteration" if y == "us an image" else "times one process")
     figure.suptitle(title, fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return file.getvalue()
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -342,10 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    text = results.markdown(rows, COLUMNS)
-    path = results.write(options.out, place, rows, text, picture(rows, f"{place['device']}: {place['work']}"))
-    print(text)
-    print(path)
+    results.publish(options.out, place, rows, COLUMNS, picture)
     return 0
 
 

@@ -31,7 +31,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import io
 import statistics
 import sys
 from collections.abc import Sequence
@@ -301,14 +300,10 @@ def least_ms(case: Case, precision: str, device: torch.device) -> float:
     return 1e3 * statistics.mean(found)
 
 
-def picture(rows: Sequence[dict[str, Any]], title: str) -> bytes:
-    """Bars of the times by method, the paper's number as a line where the work is the paper's; PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def picture(rows: Sequence[dict[str, Any]], title: str) -> Any:
+    """Bars of the times by method, the paper's number as a line where the work is the paper's."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure = Figure(figsize=(3.4 * len(methods), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = results.figure_of(3.4 * len(methods), 3.4)
     for column, method in enumerate(methods):
         axes = figure.add_subplot(1, len(methods), column + 1)
         shown = [row for row in rows if row["method"] == method and "ms" in row]
@@ -318,15 +313,13 @@ def picture(rows: Sequence[dict[str, Any]], title: str) -> bytes:
         spread = [[row["ms"] - row["ms 10%"] for row in shown], [row["ms 90%"] - row["ms"] for row in shown]]
         axes.barh(names, middles, xerr=spread, color=colours)
         for place, row in enumerate(shown):
-            axes.text(row["ms"], place, f" {row['ms']:.3g}", va="center", fontsize=8)
+            axes.text(row["ms 90%"], place, f" {row['ms']:.3g}", va="center", fontsize=8)
         axes.invert_yaxis()
         axes.set_title(method)
         axes.set_xlabel("ms per iteration of one segment")
         axes.set_xlim(0, 1.25 * max(middles, default=1))
     figure.suptitle(title, fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return file.getvalue()
+    return figure
 
 
 def given_teachers(options: Options, device: torch.device) -> dict[str, Teacher]:
@@ -395,10 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{method} …", file=sys.stderr, flush=True)
         rows += measure(method, options, teachers, device, images)
     place["GB/s of a copy"] = round(timing.copy_rate(device) / 1e9, 1)
-    text = results.markdown(rows, COLUMNS)
-    path = results.write(options.out, place, rows, text, picture(rows, f"{place['device']}: {work}"))
-    print(text)
-    print(path)
+    results.publish(options.out, place, rows, COLUMNS, picture)
     return int(any(str(row.get("note", "")).startswith("no time") for row in rows))
 
 
