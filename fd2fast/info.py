@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,11 @@ import torch
 from fd2fast import __version__
 from fd2fast.device import fast_bf16
 
+_EXTENSIONS = (
+    ("_planner", "plans and iteration tables"),
+    ("_crop", "crop_flip_roll on a CPU"),
+    ("_frozen", "the step's layers and distances on a CPU"),
+)
 _PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pillow", "safetensors", "nvidia-dali-cuda130")
 
 
@@ -35,7 +41,8 @@ def describe() -> str:
             )
     else:
         lines.append(f"  cuda: none (torch built for CUDA {torch.version.cuda})")
-    lines += ["", "planner", f"  {_planner()}", "", "operations"]
+    lines += ["", "C++ extensions", *(f"  {name:10} {use}: {_extension(name)}" for name, use in _EXTENSIONS)]
+    lines += ["", "operations (reference: on a CPU by the extensions where they apply)"]
     from fd2fast.ops._dispatch import backends
 
     for name, (backend, reason) in backends().items():
@@ -43,9 +50,9 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def _planner() -> str:
+def _extension(name: str) -> str:
     try:
-        from fd2fast import _planner
+        module = importlib.import_module(f"fd2fast.{name}")
     except ImportError as error:
-        return f"the C++ extension is missing ({error}); install again: pip install --no-build-isolation --no-deps -e ."
-    return f"C++ extension {getattr(_planner, '__file__', '')}"
+        return f"missing ({error}); install again: pip install --no-build-isolation --no-deps -e ."
+    return str(getattr(module, "__file__", ""))

@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
         "step",
         "workers",
     },
-    "info": BASE | {"device", "ops", "_planner"},
+    "info": BASE | {"device", "ops"},
     "pipeline": BASE | {"artifacts", "data", "methods", "stages", "workers"},
     "cli": BASE | {"artifacts", "data", "info", "pipeline", "presets", "stages", "workers"},
     "__main__": {"cli"},
