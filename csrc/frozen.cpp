@@ -213,6 +213,13 @@ void max_pool_backward(Type type, int64_t images, int64_t channels, const Window
              [&](int64_t row) { loops.unpool_row(window, channels, row, grad, places, grad_x); });
 }
 
+void depthwise_backward(Type type, int64_t images, int64_t channels, const Window& window, const void* grad,
+                        const float* weight, void* grad_x, int threads) {
+    const Kernels& loops = kernels(type);
+    parallel(images * window.in[0], threads,
+             [&](int64_t row) { loops.depthwise_row(window, channels, row, grad, weight, grad_x); });
+}
+
 void distances(int64_t rows, int64_t classes, int64_t dims, const float* z, const float* prototypes, float* out, int threads) {
     const VectorKernels& loops = vector_kernels();
     parallel(classes, threads, [&](int64_t k) { loops.distances(rows, dims, z, prototypes + k * dims, out + k, classes); });

@@ -60,6 +60,10 @@ void max_pool_forward(Type type, std::int64_t images, std::int64_t channels, con
 void max_pool_backward(Type type, std::int64_t images, std::int64_t channels, const Window& window, const void* grad,
                        const std::uint8_t* places, void* grad_x, int threads);
 
+// Input gradient of a convolution with one filter for each channel; weight [kernel pixels, channels] in fp32.
+void depthwise_backward(Type type, std::int64_t images, std::int64_t channels, const Window& window, const void* grad,
+                        const float* weight, void* grad_x, int threads);
+
 // out [rows, classes] = |z - c| for z [rows, dims] and c [classes, dims], in fp32, from differences.
 void distances(std::int64_t rows, std::int64_t classes, std::int64_t dims, const float* z, const float* prototypes, float* out,
                int threads);

@@ -127,4 +127,13 @@ PYBIND11_MODULE(_frozen, m) {
                               at<const std::uint8_t>(places), at<void>(grad_x), threads);
         },
         Release());
+    m.def(
+        "depthwise_backward",
+        [](bool half, std::int64_t images, std::int64_t channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
+           Pair in, Pair out, Address grad, Address weight, Address grad_x, int threads) {
+            depthwise_backward(half ? Type::bfloat16 : Type::float32, images, channels,
+                               window(kernel, stride, padding, dilation, in, out), at<const void>(grad), floats(weight),
+                               at<void>(grad_x), threads);
+        },
+        Release());
 }

@@ -507,11 +507,11 @@ struct Holders {
     }
 };
 
-template <typename T>
-void unpool_row(const Window& w, int64_t channels, int64_t row, const void* source, const uint8_t* places, void* result) {
-    const T* grad = static_cast<const T*>(source);
-    T* grad_x = static_cast<T*>(result);
-    const int64_t image = row / w.in[0], i = row % w.in[0], from = image * w.out[0] * w.out[1] * channels;
+// Calls body(input index, taps) for each pixel of an input row, counted over all images: its windows, by their offsets in the
+// output's image, and its places within them.
+template <typename Body>
+FD2FAST_INLINE void for_holders(const Window& w, int64_t channels, int64_t row, const Body& body) {
+    const int64_t i = row % w.in[0];
     const Holders down(w, 0, i);
     Taps rows;
     for (int64_t a = down.first; a < down.end(); ++a) {
@@ -526,8 +526,45 @@ void unpool_row(const Window& w, int64_t channels, int64_t row, const void* sour
             if (place < 0) continue;
             for (int k = 0; k < rows.count; ++k) taps.add((rows.at[k] + b) * channels, rows.place[k] + place);
         }
-        for_channels(channels, UnpoolPixel<T>{taps, grad + from, places + from, grad_x + (row * w.in[1] + j) * channels});
+        body(row * w.in[1] + j, taps);
     }
+}
+
+template <typename T>
+void unpool_row(const Window& w, int64_t channels, int64_t row, const void* source, const uint8_t* places, void* result) {
+    const int64_t from = row / w.in[0] * w.out[0] * w.out[1] * channels;
+    const T* grad = static_cast<const T*>(source) + from;
+    T* grad_x = static_cast<T*>(result);
+    for_holders(w, channels, row, [&](int64_t pixel, const Taps& taps) {
+        for_channels(channels, UnpoolPixel<T>{taps, grad, places + from, grad_x + pixel * channels});
+    });
+}
+
+// One input pixel: the sum over its windows, each times the weight of its place.
+template <typename T>
+struct DepthwisePixel {
+    const Taps& taps;
+    const T* grad;        // the image's
+    const float* weight;  // [places, channels]
+    T* out;
+    int64_t channels;
+
+    template <int W>
+    FD2FAST_INLINE void run(int64_t c) const {
+        F<W> sum = {};
+        for (int k = 0; k < taps.count; ++k)
+            sum += load<W>(grad + taps.at[k] + c) * load<W>(weight + taps.place[k] * channels + c);
+        store<W>(out + c, sum);
+    }
+};
+
+template <typename T>
+void depthwise_row(const Window& w, int64_t channels, int64_t row, const void* source, const float* weight, void* result) {
+    const T* grad = static_cast<const T*>(source) + row / w.in[0] * w.out[0] * w.out[1] * channels;
+    T* grad_x = static_cast<T*>(result);
+    for_holders(w, channels, row, [&](int64_t pixel, const Taps& taps) {
+        for_channels(channels, DepthwisePixel<T>{taps, grad, weight, grad_x + pixel * channels, channels});
+    });
 }
 
 // One 64-dim piece of sum (z - c)^2 after the other, in four sums, so that additions do not wait for each other.
@@ -576,7 +613,8 @@ void pull(int64_t rows, int64_t classes, int64_t dims, int64_t first, int64_t en
 constexpr VectorKernels all_vector_kernels = {distances, pull};
 
 template <typename T>
-constexpr Kernels kernels_for = {forward<T>, backward<T>, sums<T>, affine<T>, join<T>, split<T>, pool_row<T>, unpool_row<T>};
+constexpr Kernels kernels_for = {forward<T>, backward<T>, sums<T>,  affine<T>,    join<T>, split<T>, pool_row<T>, unpool_row<T>,
+                                 depthwise_row<T>};
 
 }  // namespace
 

@@ -33,6 +33,9 @@ struct Kernels {
     void (*pool_row)(const Window&, std::int64_t channels, std::int64_t row, const void* x, void* y, std::uint8_t* places);
     void (*unpool_row)(const Window&, std::int64_t channels, std::int64_t row, const void* grad, const std::uint8_t* places,
                        void* grad_x);
+    // weight [kernel pixels, channels]
+    void (*depthwise_row)(const Window&, std::int64_t channels, std::int64_t row, const void* grad, const float* weight,
+                          void* grad_x);
 };
 
 // fp32 only, whatever the type of the maps.

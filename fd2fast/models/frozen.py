@@ -420,10 +420,12 @@ class _Conv(torch.autograd.Function):
         dilation: tuple[int, int],
         groups: int,
         phases: Tensor | None,
+        taps: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(weight if phases is None else phases)
+        ctx.by_phases, ctx.by_taps = phases is not None, taps is not None and cpu.takes(x)
+        ctx.save_for_backward(phases if ctx.by_phases else taps if ctx.by_taps else weight)
         ctx.settings = stride, padding, dilation, groups
-        ctx.shape, ctx.by_phases = tuple(x.shape), phases is not None
+        ctx.shape, ctx.kernel = tuple(x.shape), tuple(weight.shape[2:])
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
@@ -431,7 +433,10 @@ class _Conv(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.settings
         if ctx.by_phases:
-            return input_gradient_by_phases(grad, weight, stride, padding, ctx.shape), *(None,) * 7
+            return input_gradient_by_phases(grad, weight, stride, padding, ctx.shape), *(None,) * 8
+        if ctx.by_taps:
+            window = ctx.kernel, stride, padding, dilation
+            return cpu.depthwise_backward(grad, weight, window, ctx.shape), *(None,) * 8
         # only the shape of the input is read
         shape_only = grad.new_empty(1).expand(ctx.shape)
         found = torch.ops.aten.convolution_backward(
@@ -447,7 +452,7 @@ class _Conv(torch.autograd.Function):
             groups,
             (True, False, False),
         )
-        return found[0], *(None,) * 7
+        return found[0], *(None,) * 8
 
 
 def phase_weight(weight: Tensor, stride: tuple[int, int]) -> Tensor:
@@ -486,6 +491,7 @@ class FrozenConv(nn.Module):
     weight: Tensor
     bias: Tensor | None
     phases: Tensor | None
+    taps: Tensor | None
 
     def __init__(self, layer: nn.Conv2d, dtype: torch.dtype, *, same: bool = False):
         super().__init__()
@@ -510,6 +516,10 @@ class FrozenConv(nn.Module):
         )
         phases = phase_weight(self.weight, self.stride) if by_phases else None
         self.register_buffer("phases", phases, persistent=False)
+        depthwise = layer.groups == layer.in_channels == layer.out_channels
+        by_taps = depthwise and max(self.stride) > 1 and self.weight[0].numel() <= 256
+        taps = self.weight.float().flatten(1).t().contiguous() if by_taps else None
+        self.register_buffer("taps", taps, persistent=False)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, stride={self.stride}, padding={'same' if self.same else self.padding}"
@@ -520,7 +530,7 @@ class FrozenConv(nn.Module):
             x = pad_same(x, self.weight.shape[-2:], self.stride, self.dilation, 0.0)
         # a gradient by phases pays off for float types other than float64, on every device measured so far
         return _Conv.apply(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.phases
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.phases, self.taps
         )
 
 

@@ -236,6 +236,51 @@ def test_convolution_keeps_its_weight_only(index, dtype, side):
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": (2, 5), "stride": (1, 3), "padding": (0, 2)},
+        {"kernel_size": 3, "stride": 2, "padding": 2, "dilation": 2, "bias": False},
+        {"kernel_size": (3, 4), "stride": 4, "dilation": (3, 1)},  # windows that leave pixels out
+        {"kernel_size": 1, "stride": 2},
+        {"kernel_size": 2, "stride": 2, "padding": "valid"},
+    ],
+    ids=lambda settings: "-".join(f"{v}" for v in settings.values()),
+)
+@pytest.mark.parametrize("channels", [3, 27, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_depthwise_gradient(settings, channels, dtype, monkeypatch):
+    """Both gates, on dense and on other gradients; only the filters are kept."""
+    called = []
+    real = cpu.depthwise_backward
+    monkeypatch.setattr(cpu, "depthwise_backward", lambda *a: called.append(1) or real(*a))
+    layer = nn.Conv2d(channels, channels, groups=channels, **settings).requires_grad_(False)
+    own = frozen.FrozenConv(layer, dtype)
+    x = torch.randn(3, channels, 12, 11).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    y = own(x)
+    rounded = layer.weight.to(dtype)
+    for grad in (torch.randn_like(y), torch.randn(y.shape[::-1]).to(dtype).permute(3, 2, 1, 0)):
+        (found,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        wanted = []
+        for kind in (torch.float64, dtype):
+            given = x.detach().to(kind).requires_grad_()
+            out = F.conv2d(given, rounded.to(kind), None, own.stride, own.padding, own.dilation, channels)
+            wanted.append(torch.autograd.grad(out, given, grad.to(kind))[0])
+        check_gradient(found, *wanted, dtype)
+    assert len(called) == 2
+
+
+def test_depthwise_gradient_is_torchs_where_that_is_faster_or_the_window_is_large(monkeypatch):
+    monkeypatch.setattr(cpu, "depthwise_backward", None)
+    for layer in (nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 17, 2, groups=4), nn.Conv2d(4, 8, 3, 2, groups=4)):
+        x = torch.randn(2, 4, 19, 19).to(memory_format=torch.channels_last).requires_grad_()
+        own = frozen.FrozenConv(layer.requires_grad_(False), torch.float32)(x)
+        grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (own, layer(x))]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
     "layer",
     [
         nn.MaxPool2d(3, 2, 1),
