@@ -127,8 +127,8 @@ def teacher_weights(config: RelabelConfig, teachers: Sequence[Artifact]) -> list
     """Weights of the teachers' logits: 1/n, or softmax(test accuracy in percent / 10)."""
     if config.teacher_weights == "equal":
         return [1 / len(teachers)] * len(teachers)
-    accuracies = [float(teacher.facts[f"{config.source}_accuracy"]) for teacher in teachers]
-    if not all(math.isfinite(accuracy) for accuracy in accuracies):
+    accuracies = [teacher.facts[f"{config.source}_accuracy"] for teacher in teachers]
+    if not all(accuracy is not None and math.isfinite(accuracy) for accuracy in accuracies):
         raise UserError(f"teacher_weights prior needs every teacher's accuracy, got {accuracies}")
     return torch.softmax(torch.tensor(accuracies, dtype=torch.float64) / 10, 0).tolist()
 

@@ -259,9 +259,10 @@ def test_settings_and_parents_that_cannot_work_are_refused(room, tmp_path: Path)
     with pytest.raises(UserError, match="1 to 3, .*; got 4"):
         run(replace(CONFIG, ipc=4))
     unknown = load(room.teacher.path)
-    unknown.manifest["facts"]["backbone_accuracy"] = math.nan
-    with pytest.raises(UserError, match="needs every teacher's accuracy"):
-        run(replace(CONFIG, teacher_weights="prior"), teachers=(unknown,))
+    for accuracy in (math.nan, None):  # of imported teachers
+        unknown.manifest["facts"]["backbone_accuracy"] = accuracy
+        with pytest.raises(UserError, match="needs every teacher's accuracy"):
+            run(replace(CONFIG, teacher_weights="prior"), teachers=(unknown,))
 
 
 def test_half_batches_of_one_position_are_refused_with_advice(room, tmp_path: Path) -> None:
