@@ -96,6 +96,24 @@ def write(
     return path
 
 
+def save(
+    folder: Path,
+    place: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    picture: Callable[[Sequence[Mapping[str, Any]], str], Any],
+) -> Path:
+    """Write the files, in place of those of the same run; the path of the JSON.
+
+    picture: draws the rows under a title, a matplotlib Figure.
+    """
+    text = markdown(rows, columns)
+    figure = picture(rows, f"{place['device']}: {place['work']}")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    return write(folder, place, rows, text, file.getvalue())
+
+
 def publish(
     folder: Path,
     place: Mapping[str, Any],
@@ -103,13 +121,9 @@ def publish(
     columns: Sequence[str],
     picture: Callable[[Sequence[Mapping[str, Any]], str], Any],
 ) -> None:
-    """Write the files and print the table. picture: draws the rows under a title, a matplotlib Figure."""
-    text = markdown(rows, columns)
-    figure = picture(rows, f"{place['device']}: {place['work']}")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    path = write(folder, place, rows, text, file.getvalue())
-    print(text)
+    """`save`, and print the table."""
+    path = save(folder, place, rows, columns, picture)
+    print(markdown(rows, columns))
     print(path)
 
 

@@ -34,7 +34,7 @@ import torch
 import tyro
 from cases import PAPER_METHODS, POOL, Case, make_case, make_teacher, teachers_of
 from gate import DisagreementError, Reference, check, settle_reference_arithmetic
-from ways import AUTOCAST, Engine, Plain, Rival
+from ways import AUTOCAST, Engine, Losses, Plain, Rival
 
 from fd2fast.device import pick_device
 from fd2fast.memory import is_out_of_memory
@@ -118,14 +118,11 @@ def checked(case: Case, fused: list[FusedTeacher]) -> dict[str, float]:
     precision, reference, found = case.config.precision, Reference(case), {}
     exact = [fuse(t, torch.float32) for t in case.teachers]
 
-    def rival(c: Case, precision: str) -> Rival:
-        return Rival(c, precision=precision, channels_last=True, compile=False, graph=False)
-
     used = ["fp32", precision] if precision in AUTOCAST else ["fp32"]
     for arithmetic in used:
         teachers = exact if arithmetic == "fp32" else fused
         errors = {
-            "rival": reference.errors_of(lambda c, a=arithmetic: rival(c, a)),
+            "rival": reference.errors_of(functools.partial(Rival, losses=Losses(case, precision=arithmetic))),
             "engine": reference.errors_of(lambda c, a=arithmetic, t=teachers: Engine(c, t, precision=a)),
         }
         check("rival", errors["rival"], arithmetic)
@@ -146,11 +143,11 @@ def measure(method: str, options: Options, teachers: dict[str, Teacher], device:
     """Check, then one row for each implementation. Raises DisagreementError where the check fails."""
     case = case_of(method, options, teachers, device, options.rows)
     precision, period, fused = case.config.precision, len(case.teachers), fused_of(case)
-    compiled, graph = options.compile, options.compile and device.type == "cuda"
     errors = checked(case, fused)
+    losses = Losses(case, precision=precision, compile=options.compile)
     makers: dict[str, Callable[[], timing.Run]] = {
         "plain": lambda: Plain(case),
-        "rival": lambda: Rival(case, precision=precision, channels_last=True, compile=compiled, graph=graph),
+        "rival": lambda: Rival(case, losses, graph=options.compile),
         "engine": lambda: Engine(case, fused, precision=precision),
     }
     runs = {way: makers[way]() for way in options.ways}

@@ -44,7 +44,7 @@ import torch
 import tyro
 from cases import PAPER_METHODS, POOL, Case, make_case, make_teacher, teachers_of
 from gate import DisagreementError, Errors, Reference, check, settle_reference_arithmetic
-from ways import AUTOCAST, Engine, Plain, Rival
+from ways import AUTOCAST, Engine, Losses, Plain, Rival
 
 from fd2fast.device import pick_device
 from fd2fast.errors import UserError
@@ -95,7 +95,7 @@ class Options:
     priors: int = 0
     # Arithmetic of the rows after `vectorised`.
     precision: str = "auto"
-    # Turns at steady state; each is one iteration with every teacher.
+    # Turns at steady state, each one iteration with every teacher; 0: 200 iterations on a GPU, 10 turns on a CPU.
     rounds: int = 0
     # Folder of a data set made by `fd2fast datasets`: its training images are the initial ones.
     dataset: Path | None = None
@@ -118,7 +118,6 @@ class Options:
             "classes": 200 if gpu else 20,
             "rows": 100 if gpu else 10,
             "size": 224 if gpu else 112,
-            "rounds": 200 if gpu else 10,
         }
         if self.quick:
             default = {
@@ -132,9 +131,11 @@ class Options:
         if self.quick and self.teacher == "ResNet18":
             changes["teacher"] = "timm:test_resnet"
         found = dataclasses.replace(self, **changes)
-        for name in ("classes", "rows", "size", "rounds"):
+        for name in ("classes", "rows", "size"):
             if getattr(found, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(found, name)}")
+        if found.rounds < 0:
+            raise UserError(f"rounds must be 0 or more, got {found.rounds}")
         if found.classes % found.rows:
             raise UserError(f"classes must be a multiple of the {found.rows} rows of a segment, got {found.classes}")
         if found.priors < 0 or found.threads < 0:
@@ -152,13 +153,15 @@ class Options:
 def makers(case: Case, fused: list[FusedTeacher], exact: list[FusedTeacher], all_segments: int) -> dict[str, Any]:
     """Each row's implementation for a case; `exact`: in fp32, for the check of the engine."""
     precision = case.config.precision
-    rival = functools.partial(Rival, channels_last=True, compile=False, graph=False, precision=precision)
+    plain = functools.cache(lambda: Losses(case, precision="fp32", channels_last=False))
+    half = functools.cache(lambda: Losses(case, precision=precision))
+    compiled = functools.cache(lambda: Losses(case, precision=precision, compile=True))
     return {
         "plain": lambda c: Plain(c),
-        "vectorised": lambda c: rival(c, precision="fp32", channels_last=False),
-        "bf16": rival,
-        "compiled": lambda c: rival(c, compile=True),
-        "graph": lambda c: rival(c, compile=True, graph=True),
+        "vectorised": lambda c: Rival(c, plain()),
+        "bf16": lambda c: Rival(c, half()),
+        "compiled": lambda c: Rival(c, compiled()),
+        "graph": lambda c: Rival(c, compiled(), graph=True),
         "engine": lambda c: Engine(c, fused, precision=precision),
         "engine, all": lambda c: Engine(c, fused, precision=precision, segments=all_segments),
         "engine in fp32": lambda c: Engine(c, exact, precision="fp32"),
@@ -206,7 +209,8 @@ def measure(
             except (RuntimeError, MemoryError) as error:
                 _no_memory(row, error)
                 runs.pop(way, None)
-    times = timing.interleaved(runs, options.rounds, period, device)
+    rounds = options.rounds or (-(-200 // period) if gpu else 10)
+    times = timing.interleaved(runs, rounds, period, device)
     runs.clear()
     _fill(rows, times, options, case, device, segments)
     for way, row in rows.items():
@@ -225,20 +229,23 @@ def _gate(rows: dict[str, dict[str, Any]], make: dict[str, Any], case: Case) -> 
     """Compare every row with the plain loop; a row that disagrees gets a note in place of times."""
     settle_reference_arithmetic()
     precision, reference = case.config.precision, Reference(case)
-    peer: Errors | None = None
+    known: dict[str, Errors] = {}
     for way, row in rows.items():
         if way == "plain" or "note" in row:
             continue
         try:
             if way.startswith("engine"):
-                check("engine", reference.errors_of(make["engine in fp32"]), "fp32")
+                if "exact" not in known:
+                    known["exact"] = reference.errors_of(make["engine in fp32"])
+                check("engine", known["exact"], "fp32")
             # a graph has no gradient to look at before the first update: the uncaptured code is the same
-            errors = reference.errors_of(make["compiled" if way == "graph" else way])
+            code = "compiled" if way == "graph" else way
+            if code not in known:
+                known[code] = reference.errors_of(make[code])
             used = "fp32" if way == "vectorised" else precision
-            check(way, errors, used, peer if way.startswith("engine") and used in AUTOCAST else None)
-            row |= errors.record(way)
-            if way == "bf16":
-                peer = errors
+            peer = known.get("bf16") if way.startswith("engine") and used in AUTOCAST else None
+            check(way, known[code], used, peer)
+            row |= known[code].record(way)
         except DisagreementError as error:
             row["note"] = f"no time: {error}"
         except (RuntimeError, MemoryError) as error:
@@ -387,8 +394,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for method in options.methods:
         print(f"{method} …", file=sys.stderr, flush=True)
         rows += measure(method, options, teachers, device, images)
-    place["GB/s of a copy"] = round(timing.copy_rate(device) / 1e9, 1)
-    results.publish(options.out, place, rows, COLUMNS, picture)
+        place["GB/s of a copy"] = round(timing.copy_rate(device) / 1e9, 1)
+        # after each method, so that what was measured outlives a lease that ends
+        path = results.save(options.out, place, rows, COLUMNS, picture)
+    print(results.markdown(rows, COLUMNS))
+    print(path)
     return int(any(str(row.get("note", "")).startswith("no time") for row in rows))
 
 

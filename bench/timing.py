@@ -103,7 +103,9 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
 
 
 def peak_memory(make: Callable[[], Run], period: int, device: torch.device) -> tuple[float | None, float | None]:
-    """MB that the run holds at most over one period after a first one, allocated and reserved, teachers not counted.
+    """MB that the run holds at most over its first three periods, allocated and reserved, teachers not counted.
+
+    Made and warmed up within: what a recorded graph works on is counted while it is recorded, a replay allocates nothing.
 
     On a CPU what its tensors hold, from making it to the end of a period; nothing is reserved there.
     """
@@ -119,12 +121,9 @@ def peak_memory(make: Callable[[], Run], period: int, device: torch.device) -> t
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    run = make()
-    for t in range(2 * period):
-        run(t)
-    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    for t in range(2 * period, 3 * period):
+    run = make()
+    for t in range(3 * period):
         run(t)
     torch.cuda.synchronize()
     return (

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cases import Case
 from torch import Tensor, nn
 
+from fd2fast.device import repeatable
 from fd2fast.models.fused import FusedTeacher
 from fd2fast.reference.loop import crop_flip_roll, segment_loss
 from fd2fast.step import TERMS, GroupedStep, Priors
@@ -59,35 +60,25 @@ def resize_matrices(draw: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
     return down.contiguous(), right.contiguous()
 
 
-class Rival:
-    """The plain loop's formulas on whole tensors; then channels_last, autocast, torch.compile, one CUDA graph per teacher."""
+class Losses:
+    """The plain loop's formulas on whole tensors, with copies of the teachers; several rivals may share one, compiled once."""
 
-    def __init__(self, case: Case, *, precision: str, channels_last: bool, compile: bool, graph: bool):
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        teachers = [copy.deepcopy(teacher).to(memory_format=layout) for teacher in case.teachers]
-        self.case, self.precision, self.layout = dataclasses.replace(case, teachers=teachers), precision, layout
-        case = self.case
-        config, device = case.config, case.initial.device
-        assert config.lr is not None
-        self.images = case.initial.clone().to(memory_format=layout).requires_grad_()
-        on_gpu = device.type == "cuda"
-        rate = torch.tensor(config.lr, device=device) if on_gpu else config.lr
-        self.optimizer = torch.optim.Adam(
-            [self.images], rate, config.betas, config.adam_eps, fused=True, capturable=on_gpu
-        )
-        size = case.initial.shape[-1]
-        self.down, self.right = (torch.empty(size, size, device=device) for _ in range(2))
-        low, high = (b.view(3, 1, 1) for b in (case.low, case.high))
-        self.low, self.high = low, high
-        self.tables = [resize_matrices(draw[0].tolist(), size) for draw in case.draws]
-        losses = [self._losses_of(i) for i in range(len(case.teachers))]
-        self.losses = [torch.compile(f, fullgraph=True) for f in losses] if compile else losses
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.capture = on_gpu and graph
-        self.terms: dict[str, float] = {}
+    def __init__(self, case: Case, *, precision: str, channels_last: bool = True, compile: bool = False):
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        teachers = [copy.deepcopy(teacher).to(memory_format=self.layout) for teacher in case.teachers]
+        self.case, self.precision, self.measuring = dataclasses.replace(case, teachers=teachers), precision, False
+        functions = [self._of(i) for i in range(len(teachers))]
+        self.functions = [torch.compile(f, fullgraph=True) for f in functions] if compile else functions
 
-    def _losses_of(self, index: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """A function of images and matrices: total, ce_backbone, bn, ce_cal, l_f, l_s [6]."""
+    def __call__(self, turn: int, images: Tensor, down: Tensor, right: Tensor) -> Tensor:
+        """total, ce_backbone, bn, ce_cal, l_f, l_s [6] of one teacher."""
+        self.measuring = True
+        try:
+            return self.functions[turn](images, down, right)
+        finally:
+            self.measuring = False
+
+    def _of(self, index: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         case, config = self.case, self.case.config
         teacher = case.teachers[index]
         alpha = (teacher.alpha if config.alpha is None else config.alpha) if config.fd2 else 0.0
@@ -138,12 +129,31 @@ class Rival:
 
         return losses
 
-    measuring = False
+
+class Rival:
+    """An iteration of `Losses`, Adam and clamp; with `graph`, on a GPU, one CUDA graph per teacher."""
+
+    def __init__(self, case: Case, losses: Losses, *, graph: bool = False):
+        config, device = case.config, case.initial.device
+        assert config.lr is not None
+        self.case, self.losses = case, losses
+        self.images = case.initial.clone().to(memory_format=losses.layout).requires_grad_()
+        on_gpu = device.type == "cuda"
+        rate = torch.tensor(config.lr, device=device) if on_gpu else config.lr
+        self.optimizer = torch.optim.Adam(
+            [self.images], rate, config.betas, config.adam_eps, fused=True, capturable=on_gpu
+        )
+        size = case.initial.shape[-1]
+        self.down, self.right = (torch.empty(size, size, device=device) for _ in range(2))
+        self.low, self.high = (b.view(3, 1, 1) for b in (case.low, case.high))
+        # on the device: a copy from the host's ordinary memory would wait for it
+        self.tables = [[m.to(device) for m in resize_matrices(draw[0].tolist(), size)] for draw in case.draws]
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.capture = on_gpu and graph
+        self.terms: dict[str, float] = {}
 
     def _iterate(self, turn: int) -> Tensor:
-        self.measuring = True
-        losses = self.losses[turn](self.images, self.down, self.right)
-        self.measuring = False
+        losses = self.losses(turn, self.images, self.down, self.right)
         self.optimizer.zero_grad(set_to_none=not self.capture)
         losses[0].backward()
         return losses
@@ -233,7 +243,8 @@ class Engine:
             self._end = first + len(self.draws)
             turn = (torch.arange(len(self.draws)) + t) % len(self.draws)
             self.step.load_table(self.draws[turn], None, first)
-        losses = self.step.iterate()
+        with repeatable(allow_tf32=torch.backends.cudnn.allow_tf32):  # as the distill stage runs it
+            losses = self.step.iterate()
         if read:
             self.terms = dict(zip(TERMS, losses[0].tolist(), strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
@@ -34,6 +35,12 @@ class Recorder(Protocol):
         """Let go of what recordings shared; they are gone."""
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all steps: libraries keep a workspace for each stream they were used on."""
+    return torch.cuda.Stream(device)
+
+
 class CudaRecorder:
     """CUDA graphs that share one memory pool; warmed up and recorded on one side stream.
 
@@ -43,7 +50,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _side_stream(device)
         self._pool: Any = None  # a pool handle of torch's allocator
 
     def warm_up(self, work: Work) -> Tensor:
@@ -59,12 +66,17 @@ class CudaRecorder:
 
     def record(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._device)
         with torch.cuda.device(self._device):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            # thread_local: a writer or a loader in another thread may allocate meanwhile
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                found = work()
+            try:
+                # thread_local: a writer or a loader in another thread may allocate meanwhile
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    found = work()
+            except BaseException:
+                torch.cuda.set_stream(current)  # a failed capture may leave its own (torch before 2.12)
+                raise
 
         def replay() -> Tensor:
             graph.replay()

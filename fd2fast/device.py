@@ -18,9 +18,10 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The torch device called `name`; "auto" is a GPU when there is one, else the CPU.
+    """The torch device called `name`, made the current one; "auto" is a GPU when there is one, else the CPU.
 
-    "auto" and "cuda" are the first GPU, or in a torchrun job the one of this process's local rank.
+    "auto" and "cuda" are the first GPU, or in a torchrun job the one of this process's local rank. Triton launches on the
+    current GPU whatever its tensors are on, and so do events and streams without a device.
     Raises UserError for a name torch does not know and for a GPU that is not there.
     """
     if name == "auto":
@@ -44,6 +45,7 @@ def pick_device(name: str = "auto") -> torch.device:
             raise UserError(
                 f"device 'cuda:{index}' was asked for, but this machine has {count} GPU(s): cuda:0 to cuda:{count - 1}"
             )
+        torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return torch.device("cpu")
 
@@ -58,6 +60,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     if precision in ("fp32", "fp64"):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def repeatable(*, allow_tf32: bool = True) -> AbstractContextManager[object]:
+    """The context of a stage's work on a GPU: the same convolution algorithms in every run, for equal bytes after a restart.
+
+    TF32 convolutions are allowed as in the reference, which leaves torch's default as it is.
+    """
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=allow_tf32)
 
 
 def fast_bf16(device: torch.device) -> bool:

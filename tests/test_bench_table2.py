@@ -81,6 +81,7 @@ def test_a_row_without_memory_says_so(tmp_path, monkeypatch):
         (["--ways", "fastest"], "unknown way 'fastest'"),
         (["--classes", "9"], "classes must be a multiple of the 4 rows"),
         (["--rows", "-1"], "rows must be at least 1"),
+        (["--rounds", "-1"], "rounds must be 0 or more, got -1"),
         (["--device", "cuda"], "finds no GPU here"),
         (["--dataset", "nowhere"], "nowhere does not exist"),
     ],

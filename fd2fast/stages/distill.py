@@ -18,7 +18,7 @@ from torch import Tensor
 from fd2fast.artifacts import Artifact, Stage, atomic_path, load, open_stage, write_json
 from fd2fast.config import DistillConfig
 from fd2fast.data.pixels import grid, quantize, save_image
-from fd2fast.device import pick_device, settle_precision
+from fd2fast.device import pick_device, repeatable, settle_precision
 from fd2fast.engine import Engine
 from fd2fast.errors import UserError
 from fd2fast.inputs import Draws, Inputs, image_name
@@ -144,8 +144,7 @@ def _optimise(
                 logger.info("teacher %s: with ordinary autograd: %s", teacher.name, ", ".join(teacher.fallbacks))
         return made
 
-    # equal bytes after a restart need equal algorithms; TF32 convolutions as in the reference
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+    with repeatable():
         plan, memory = _plan(
             config,
             len(dataset.classes),

@@ -33,7 +33,7 @@ from fd2fast.data.views import (
     open_views,
     replay,
 )
-from fd2fast.device import autocast, pick_device, settle_precision
+from fd2fast.device import autocast, pick_device, repeatable, settle_precision
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone
 from fd2fast.progress import Progress
@@ -119,7 +119,7 @@ def run(
     seconds: dict[str, float] = state["seconds"]  # apart from the results: times are not part of the identity
     total = lessons.epochs * len(config.seeds)
     with (
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True),
+        repeatable(),
         Progress(f"students {config.model}", total, done=lessons.epochs * len(results), unit="epoch") as bar,
     ):
         for seed in config.seeds:

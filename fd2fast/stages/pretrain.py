@@ -19,7 +19,7 @@ from fd2fast.config import PretrainConfig, replace
 from fd2fast.data.augment import crop_resize, pretrain_views
 from fd2fast.data.pixels import normalise
 from fd2fast.data.store import ImageSet, load_split
-from fd2fast.device import autocast, pick_device, settle_precision
+from fd2fast.device import autocast, pick_device, repeatable, settle_precision
 from fd2fast.errors import UserError
 from fd2fast.models.attention_views import crop_and_drop
 from fd2fast.models.backbone import build_backbone, canonical_name, load_weights
@@ -105,7 +105,7 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
     if stage.finished:
         return stage.finished
     settings = resolve(config, dataset.facts.get("name", ""))
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+    with repeatable():
         trainer = _Trainer(settings, train, test, device)
         begun = stage.restore(_STATE)
         if begun is not None:

@@ -15,8 +15,13 @@ def test_auto_takes_a_gpu_when_there_is_one(monkeypatch):
         pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert pick_device("auto") == torch.device("cuda", 0)
     assert pick_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == torch.device("cuda", 1)
+    assert current == [0, 1, 1]  # Triton launches on the current one
     with pytest.raises(UserError, match="'cuda:2' was asked for, but this machine has 2 GPU"):
         pick_device("cuda:2")
 
