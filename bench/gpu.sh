@@ -1,52 +1,81 @@
 #!/bin/bash
-# One command on a machine with an NVIDIA GPU: build, tests, memory check, benches, the short table last.
+# One command on a machine with an NVIDIA GPU: build, tests, memory check, benches, the short tables last.
 # bash bench/gpu.sh [FOLDER for logs and results, default bench/results] [PART ...]
-# Parts, in this order: tests memcheck kernels table step scale matching; none: all of them. A lease of ten minutes holds
-# "tests memcheck kernels" or "table", or "step scale matching". PYTHON chooses the interpreter (default python3).
+# Parts, in this order: tests memcheck kernels table step scale matching; none: all of them. A part that fails or is over its
+# LIMIT (seconds, default 540) does not stop the next; what it measured until then is kept. A lease of ten minutes holds
+# "tests memcheck", "kernels", "table", or "step scale matching". PYTHON chooses the interpreter (default python3). Where there
+# is no network, wheels of missing packages (tyro docstring-parser typeguard, say) in the folder WHEELS are installed first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bench/results}
 shift || true
 parts=${*:-tests memcheck kernels table step scale matching}
 python=${PYTHON:-python3}
+limit=${LIMIT:-540}
 mkdir -p "$out"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} PYTHONUNBUFFERED=1
+failed=()
+
 wanted() { [[ " $parts " == *" $1 "* ]]; }
+# NAME of the log, lines of its end to show, command
+step() {
+  local name=$1 lines=$2 code=0
+  shift 2
+  echo "== $name: $*"
+  timeout --signal=INT --kill-after=20 "$limit" "$@" >"$out/gpu_$name.log" 2>&1 || code=$?
+  if [ "$code" != 0 ]; then
+    lines=$((lines + 10))
+  fi
+  tail -n "$lines" "$out/gpu_$name.log"
+  if [ "$code" != 0 ]; then
+    echo "== $name ended with $code"
+    failed+=("$name")
+  fi
+}
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+if [ -n "${WHEELS:-}" ]; then
+  "$python" -m pip install -q --no-index --no-deps "$WHEELS"/*.whl
+fi
 "$python" -m pip install -q --no-build-isolation --no-deps -e .
 "$python" -m fd2fast info
 
 if wanted tests; then
+  spread=()
+  if "$python" -c "import xdist" 2>/dev/null; then
+    spread=(-n 6 --dist loadfile)
+  fi
   # the tests that ask for the GPU marker, in every folder
-  "$python" -m pytest -q -m gpu tests 2>&1 | tee "$out/gpu_tests.log" | tail -n 15
+  step tests 15 "$python" -m pytest -q -m gpu "${spread[@]}" tests
 fi
-
 if wanted memcheck; then
   if command -v compute-sanitizer >/dev/null; then
-    compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
-      "$python" -m pytest -q -m gpu tests/ops -k "(segments or sizes or fused or gates or reference) and not compile" \
-      2>&1 | tee "$out/gpu_memcheck.log" | tail -n 5
+    # without torch's cache every tensor has its own bounds
+    step memcheck 5 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+      --target-processes all "$python" -m pytest -q -m gpu tests/ops \
+      -k "(segments or sizes or fused or gates or reference) and not compile and not real"
   else
     echo "compute-sanitizer is not here: memory not checked"
   fi
 fi
-
 if wanted kernels; then
-  "$python" bench/kernels.py --csv "$out/kernels.csv" >"$out/gpu_kernels.log"
+  step kernels 0 "$python" bench/kernels.py --csv "$out/kernels.csv"
+fi
+if wanted table; then
+  step table2 0 "$python" -m fd2fast bench table2 --out "$out"
 fi
 if wanted step; then
-  "$python" -m fd2fast bench step --methods sre2l++_fd2 fadrm+_fd2 --ways engine --sweep --json "$out/step.jsonl" >"$out/gpu_step.log"
+  step step 0 "$python" -m fd2fast bench step --methods sre2l++_fd2 fadrm+_fd2 --ways engine --sweep --json "$out/step.jsonl"
 fi
 if wanted scale; then
-  "$python" -m fd2fast bench scale --out "$out" >"$out/gpu_scale.log"
-  "$python" -m fd2fast bench pipeline --parts cub --out "$out" >"$out/gpu_pipeline.log"
+  step scale 0 "$python" -m fd2fast bench scale --out "$out"
+  step pipeline 0 "$python" -m fd2fast bench pipeline --parts cub --out "$out"
 fi
 if wanted matching; then
-  "$python" -m fd2fast bench matching --out "$out" >"$out/gpu_matching.log"
+  step matching 0 "$python" -m fd2fast bench matching --out "$out"
 fi
 
-if wanted kernels; then
+if wanted kernels && [ -e "$out/kernels.csv" ]; then
   "$python" - "$out/kernels.csv" <<'TABLE'
 import csv, sys
 rows = list(csv.DictReader(open(sys.argv[1])))
@@ -63,5 +92,12 @@ for (operation, sizes, way), r in last.items():
 TABLE
 fi
 if wanted table; then
-  "$python" -m fd2fast bench table2 --out "$out" | tee "$out/gpu_table2.log" | cut -d '|' -f 2-4,6-8,11-15
+  newest=$(find "$out" -maxdepth 1 -name 'table2-*.md' | sort | tail -n 1)
+  if [ -n "$newest" ]; then
+    grep '^|' "$newest" | cut -d '|' -f 2-4,6-8,11-15
+  fi
+fi
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "did not end well: ${failed[*]} (logs in $out)"
+  exit 1
 fi

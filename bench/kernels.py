@@ -36,11 +36,12 @@ def graph_of(call: Callable[[], object]) -> Callable[[], object]:
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             call()
     except RuntimeError as error:
+        torch.cuda.set_stream(current)  # a failed capture may leave its own
         print(f"not captured, timed with its launches: {error}", file=sys.stderr)
         return call
     return graph.replay
@@ -143,8 +144,22 @@ def about(device: torch.device) -> dict[str, str]:
     }
 
 
+def append(path: Path, rows: list[dict[str, object]]) -> None:
+    """The rows behind those of a CSV file; with its header where it is new."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table, and append it to the CSV file. Exits with a message where a check fails or there is no GPU."""
+    """Print each line, and append it to the CSV file, as soon as it is measured.
+
+    Nothing is reported for a kernel that fails its check; the message at the end says which. Exits with a message also without
+    a GPU.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="*", help="operations, all without this")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -165,24 +180,21 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     place = about(device)
     print(", ".join(place.values()))
-    table = []
+    wrong = []
     for name in options.op or REGISTRY:
         for sizes in (TINY if options.tiny else PAPER)[name]:
             title = " ".join(f"{key}={value}" for key, value in sizes.items())
             try:
                 rows = measure(REGISTRY[name](device, **sizes), device, options.calls, not options.no_compile)
             except AssertionError as error:
-                sys.exit(f"{name} {title}: the kernel is wrong, nothing is reported: {error}")
+                wrong.append(f"{name} {title}: the kernel is wrong, nothing is reported: {error}")
+                continue
             for row in rows:
                 print(f"{name} {title}: " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-                table.append({**place, "operation": name, "sizes": title, **row})
-    if options.csv:
-        new = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
-            if new:
-                writer.writeheader()
-            writer.writerows(table)
+            if options.csv:
+                append(options.csv, [{**place, "operation": name, "sizes": title, **row} for row in rows])
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":
