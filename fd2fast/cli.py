@@ -392,6 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        resumes = arguments[0] not in ("bench", "info")
+        print("\nstopped" + ("; the same command goes on from the last checkpoint" if resumes else ""), file=sys.stderr)
         return 130
     return 0

@@ -85,12 +85,15 @@ def test_options_change_the_preset_and_the_file(tmp_path, monkeypatch):
 
 
 def test_interrupt_says_how_to_go_on(capsys, monkeypatch):
-    def stop(config, overwrite):
+    def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_run", stop)
     assert cli.main(["run"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setitem(cli.COMMANDS, "bench", stop)  # begins anew
+    assert cli.main(["bench", "table2"]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_take_pulls_an_option_out():
