@@ -244,7 +244,9 @@ class _BnAct(torch.autograd.Function):
                 bits = pack_bits(mask)
                 ctx.layout = tuple(mask.shape), _is_channels_last(mask)
         ctx.save_for_backward(x, bits, *constants, mean, var)
-        return activate(y, activation).to(x.dtype), loss
+        y = activate(y, activation)
+        # compiled by torch 2.11, an output that `to` hands on as it is would lose its gradient
+        return y if y.dtype == x.dtype else y.to(x.dtype), loss
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_loss: Tensor) -> Any:
