@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fd2fast.config import DistillConfig
 from fd2fast.device import settle_precision
-from fd2fast.methods import METHODS, resolve
+from fd2fast.errors import UserError
+from fd2fast.methods import METHODS, check_name, resolve
 from fd2fast.models.backbone import build_backbone
 from fd2fast.models.teacher import Teacher
 from fd2fast.planner import iteration_table
@@ -62,6 +63,15 @@ def make_teacher(name: str, *, classes: int, size: int, device: torch.device) ->
         teacher.prototypes_ema.copy_(near)
         teacher.prototypes_last.copy_(0.05 * near)
     return teacher
+
+
+def check_method(method: str) -> None:
+    """UserError for a method that is unknown or that the benches of a step cannot run."""
+    check_name(method)
+    if method not in METHODS:
+        raise UserError(f"{method} picks real images and has no iterations to measure")
+    if METHODS[method].least > 1 and METHODS[method].fields["teacher_schedule"] != "round_robin":
+        raise UserError(f"{method} weighs several teachers in one iteration; the benches measure one at a time")
 
 
 def teachers_of(method: str, teacher: str, pool: Sequence[str]) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name in ("device", "threads", "driver, clocks", "versions", "work"):
+    for name in ("device", "threads", "driver", "versions", "work"):
         if old["about"].get(name) != new["about"].get(name):
             print(f"different {name}: {old['about'].get(name)} against {new['about'].get(name)}")
     for name, run in (("old", old), ("new", new)):

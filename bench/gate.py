@@ -70,22 +70,29 @@ class Reference:
             if isinstance(run, Engine):
                 run.step.iteration = turn
             run(turn, read=True)
-            found.gradient = max(found.gradient, _apart(run.gradient, gradient))
+            found.gradient = max(found.gradient, _worst(run.gradient, gradient))
             for name, value in terms.items():
                 error = abs(run.terms[name] - value) / max(abs(value), 1e-6)
                 found.terms[name] = max(found.terms.get(name, 0.0), error)
-        found.images = _apart(_moved(make(self.case), self.case), self.moved)
+        found.images = self.images_error_of(make)
         return found
+
+    def images_error_of(self, make: Callable[[Case], Any]) -> float:
+        """That of the images alone."""
+        return _worst(_moved(make(self.case), self.case), self.moved)
 
 
 def _moved(run: Any, case: Case) -> Tensor:
     for t in range(ROUNDS * len(case.teachers)):
         run(t)
-    return run.images.detach() - case.initial
+    images = run.images.detach()
+    return images - case.initial.repeat(len(images) // case.rows, 1, 1, 1)
 
 
-def _apart(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+def _worst(actual: Tensor, expected: Tensor) -> float:
+    """Largest relative error (L2) over the segments of `actual`, which are all copies of the one expected."""
+    apart = actual.unflatten(0, (-1, len(expected))) - expected
+    return float(apart.flatten(1).norm(dim=1).max() / expected.norm())
 
 
 def check(name: str, errors: Errors, precision: str, peer: Errors | None = None) -> None:

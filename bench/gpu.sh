@@ -65,7 +65,7 @@ if wanted table; then
   step table2 0 "$python" -m fd2fast bench table2 --out "$out"
 fi
 if wanted step; then
-  step step 0 "$python" -m fd2fast bench step --methods sre2l++_fd2 fadrm+_fd2 --ways engine --sweep --json "$out/step.jsonl"
+  step step 0 "$python" -m fd2fast bench step --methods sre2l++_fd2 fadrm+_fd2 --ways engine --sweep --out "$out"
 fi
 if wanted scale; then
   step scale 0 "$python" -m fd2fast bench scale --out "$out"
@@ -94,7 +94,7 @@ fi
 if wanted table; then
   newest=$(find "$out" -maxdepth 1 -name 'table2-*.md' | sort | tail -n 1)
   if [ -n "$newest" ]; then
-    grep '^|' "$newest" | cut -d '|' -f 2-4,6-8,11-15
+    grep '^|' "$newest" | cut -d '|' -f 2-4,6,8-10,12-18
   fi
 fi
 if [ ${#failed[@]} -gt 0 ]; then

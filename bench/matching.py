@@ -333,7 +333,7 @@ def measure(method: str, options: Options, device: torch.device) -> dict[str, An
         check(method)
         run = Matching(method, options, device)
         row["first 5 ms"] = round(timing.first_five(run), 3)
-        times = timing.interleaved({method: run}, options.rounds, 1, device, warm_up=0)[method]
+        times = timing.interleaved({method: run}, options.rounds, 1, device)[method]
         if not times:
             return {**row, "note": "out of memory"}
         low, middle, high = timing.quantiles(times)
@@ -372,11 +372,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = tyro.cli(Options, args=arguments, description=__doc__, prog="fd2fast bench matching")
         device = pick_device(given.device)
         options = given.settled(device)
+        timing.use_threads(options.threads)
+        results.prepare(options.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.threads:
-        torch.set_num_threads(options.threads)
     place = results.about(device, "matching", arguments)
     place["work"] = (
         f"{options.classes} classes, IPC {options.ipc}, {options.size}², ConvNet of {options.depth} blocks and width "

@@ -170,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = tyro.cli(Options, args=arguments, description=__doc__, prog="fd2fast bench pipeline")
         device = pick_device(given.device)
         options = given.settled(device)
+        results.prepare(options.out)
         place = results.about(device, "pipeline", arguments)
         name = options.run.name if options.run else options.preset
         place["work"] = f"run {name}; CUB: segments of {options.rows} images of {options.size}²"

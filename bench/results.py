@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import json
@@ -9,7 +10,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +36,50 @@ def about(device: torch.device, bench: str, arguments: Sequence[str] | None = No
         "command": " ".join(["fd2fast", "bench", bench, *given]),
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or "unknown",
         "uncommitted changes": bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")),
-        "versions": {"fd2fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"fd2fast": __version__, "python": platform.python_version(), **_versions()},
         "device": _processor(),
         "threads": torch.get_num_threads(),
         "load before": round(os.getloadavg()[0], 2),
     }
     if device.type == "cuda":
-        import triton
-
-        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
         found["device"] = torch.cuda.get_device_name(device)
-        found["driver, clocks"] = _output(
-            "nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={query}", "--format=csv,noheader"
-        )
-        found["versions"] |= {"triton": triton.__version__, "cuda": torch.version.cuda}
+        found["versions"] |= {"cuda": torch.version.cuda}
+        found["driver"] = _ask_gpu(device, "driver_version")
+    return found | {"clocks": clocks(device)}
+
+
+def clocks(device: torch.device) -> str:
+    """Of a GPU those of now (multiprocessors, memory), the most and the power limit; of a CPU its cores' of now."""
+    if device.type != "cuda":
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.is_file() else []
+        now = sorted(float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz"))
+        return f"{now[0]:.0f} to {now[-1]:.0f} MHz" if now else ""
+    return _ask_gpu(device, "clocks.sm,clocks.mem,clocks.max.sm,power.limit")
+
+
+def _ask_gpu(device: torch.device, query: str) -> str:
+    # by its own name: torch may see fewer GPUs than there are
+    name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return _output("nvidia-smi", f"--id={name}", f"--query-gpu={query}", "--format=csv,noheader")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("torch", "torchvision", "timm", "triton", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
     return found
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder for the files; UserError where that cannot be written, before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"results cannot be written to {folder}: {error.strerror}") from error
 
 
 def _output(*command: str) -> str:

@@ -11,7 +11,8 @@ plan       data sets of 10 … 21,841 classes, IPC 1 … 50: planner time, host 
 processes  the same plan shared out over 1 … 64 processes, step by step, wave by wave
 
 Times of a step are measured (engine, steady state, turns of all sizes). Those of a whole data set are computed: the plan's
-steps, each at the measured time of its size and slot, and are marked `computed`.
+steps, each at the measured time of its size and slot and with the measured surcharge for the data set's classes, and are
+marked `computed`. host MB: the plan's own arrays.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ import results
 import timing
 import torch
 import tyro
-from cases import make_case, make_teacher
+from cases import check_method, make_case, make_teacher
 from ways import Engine
 
 from fd2fast.device import pick_device
 from fd2fast.errors import UserError
 from fd2fast.memory import is_out_of_memory
+from fd2fast.methods import METHODS
 from fd2fast.models.fused import fuse
 from fd2fast.planner import Plan, make_plan
 from fd2fast.step import map_dtype
@@ -120,6 +122,9 @@ class Options:
         unknown = [part for part in found.parts if part not in PARTS]
         if unknown:
             raise UserError(f"unknown part {unknown[0]!r}; wanted some of {', '.join(PARTS)}")
+        check_method(found.method)
+        if METHODS[found.method].least > 1:
+            raise UserError(f"{found.method} takes several teachers; this bench measures one: sre2l++_fd2, say")
         if not found.method.endswith("_fd2") and "group" in found.parts:
             raise UserError(f"part group needs a method with FD2's similarity term, {found.method} has none")
         return found
@@ -127,15 +132,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Cost:
-    """Milliseconds of an iteration of `segments` segments: a straight line through the measured ones, and a slot's surcharge."""
+    """Milliseconds of a step's iteration: a straight line through the measured ones, and surcharges of a segment."""
 
     fixed: float
     segment: float
     slot: float  # more for each earlier image of a segment's classes
+    base: int = 0  # classes of the teacher that the line was measured with
+    per_class: float = 0.0  # more for each further class
 
-    def ms(self, segments: int, slot: int) -> float:
-        """Of one step's iteration."""
-        return self.fixed + segments * (self.segment + slot * self.slot)
+    def ms(self, segments: float, slot: int, classes: int | None = None) -> float:
+        """Of one step of so many segments; classes: of the data set, those measured with without."""
+        more = 0 if classes is None else classes - self.base
+        return self.fixed + segments * max(0.0, self.segment + slot * self.slot + more * self.per_class)
 
 
 def measured(
@@ -190,15 +198,22 @@ def step_sizes(most: int) -> list[int]:
     return sorted({min(most, 1 << n) for n in range(most.bit_length() + 1)})
 
 
-def cost_of(steps: Mapping[int, float], slots: Mapping[int, float]) -> Cost:
-    """steps: ms by segments without priors; slots: ms of one segment by priors. Least squares, the slope of the slots."""
+def cost_of(
+    steps: Mapping[int, float], slots: Mapping[int, float], classes: Mapping[int, float] | None = None, base: int = 0
+) -> Cost:
+    """steps: ms by segments without priors; slots: ms of one segment by priors; classes: by classes. Least squares.
+
+    base: the classes that steps and slots were measured with.
+    """
     if len(steps) == 1:
         ((count, ms),) = steps.items()
         fixed, segment = 0.0, ms / count
     else:
         segment, fixed = statistics.linear_regression(list(steps), list(steps.values()))
     slot = statistics.linear_regression(list(slots), list(slots.values())).slope if len(slots) > 1 else 0.0
-    return Cost(max(0.0, fixed), segment, max(0.0, slot))
+    classes = classes or {}
+    per_class = statistics.linear_regression(list(classes), list(classes.values())).slope if len(classes) > 1 else 0.0
+    return Cost(max(0.0, fixed), segment, max(0.0, slot), base, max(0.0, per_class))
 
 
 def seconds_of(plan: Plan, cost: Cost, iterations: int, processes: int = 1) -> float:
@@ -210,7 +225,7 @@ def seconds_of(plan: Plan, cost: Cost, iterations: int, processes: int = 1) -> f
             if step.wave == wave:
                 # one with a short last block counts as its share of a full segment
                 share = int(plan.rows(step.segments)[-1]) / plan.segment_size
-                took = cost.fixed + share * (cost.segment + wave * cost.slot)
+                took = cost.ms(share, wave, plan.classes)
                 heapq.heapreplace(free, free[0] + took * iterations / 1e3)
         total += max(free)
     return total
@@ -244,7 +259,11 @@ def measure(options: Options, device: torch.device) -> list[dict[str, Any]]:
     slots = {p: statistics.median(times[base, 1, p]) for p in group if times.get((base, 1, p))}
     if not steps:
         raise UserError(f"not even one segment of {options.rows} images of {options.size} pixels fits the memory")
-    cost = cost_of(steps, slots)
+    by_classes: dict[int, list[float]] = {}
+    if {"classes", "plan", "processes"} & set(options.parts):
+        counts = [k for k in (10, 100, 200, 1000, 5000, 21841) if base <= k <= max(base, options.most_classes)]
+        by_classes = {k: measured(options, device, [(k, 1, 0)])[k, 1, 0] for k in counts}
+    cost = cost_of(steps, slots, {k: statistics.median(v) for k, v in by_classes.items() if v}, base)
     if "group" in options.parts:
         for p in group:
             rows.append(row_of("group", times[base, 1, p], options.rows, classes=base, segments=1, priors=p))
@@ -261,9 +280,7 @@ def measure(options: Options, device: torch.device) -> list[dict[str, Any]]:
                 row["paper s"] = PAPER_SECONDS[n_s]
             rows.append(row)
     if "classes" in options.parts:
-        counts = [k for k in (10, 100, 200, 1000, 5000, 21841) if base <= k <= max(base, options.most_classes)]
-        for k in counts:
-            found = measured(options, device, [(k, 1, 0)])[k, 1, 0]
+        for k, found in by_classes.items():
             rows.append(row_of("classes", found, min(options.rows, k), classes=k, segments=1, priors=0))
     for part in ("plan", "processes"):
         if part not in options.parts:
@@ -309,6 +326,7 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
             axes.set_xscale("log")
         if case == "processes":
             axes.set_yscale("log")
+        if case == "processes" and shown:
             axes.legend(fontsize=6)
         else:
             axes.set_ylim(bottom=0)
@@ -324,8 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = tyro.cli(Options, args=arguments, description=__doc__, prog="fd2fast bench scale")
         device = pick_device(given.device)
         options = given.settled(device)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        timing.use_threads(options.threads)
+        results.prepare(options.out)
         place = results.about(device, "scale", arguments)
         place["work"] = (
             f"{options.method}, {options.teacher}, segments of {options.rows} images of {options.size}², random weights"

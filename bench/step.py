@@ -1,9 +1,9 @@
 """Time and peak memory of an iteration: the engine's step against the plain loop and that loop vectorised and compiled.
 
-python bench/step.py                                # the paper's four methods, batch 100 at 224 x 224 (10 on a CPU)
-python bench/step.py --sweep                        # then the engine at 1 to 32 segments of 10 and of 100
-python bench/step.py --quick                        # tiny sizes, to try the bench itself
-python bench/step.py --methods sre2l++_fd2 --json FILE
+fd2fast bench step                                # the paper's four methods, batch 100 at 224 x 224 (10 on a CPU)
+fd2fast bench step --sweep                        # then the engine at 1 to 32 segments of 10 and of 100
+fd2fast bench step --quick                        # tiny sizes, to try the bench itself
+fd2fast bench step --methods sre2l++_fd2 --out results
 
 Implementations, all in one process, their iterations taken in turns:
 plain     fd2fast.reference.loop: hooks, one sample after the other, fp32 (as the published code)
@@ -11,16 +11,16 @@ rival     the same losses vectorised, channels_last, autocast, torch.compile, on
 engine    fd2fast.step.GroupedStep
 Before anything is timed, each is compared with the plain loop (bench/gate.py). Nothing is printed for a case that disagrees.
 
-Times are medians with 10 and 90 % quantiles at steady state: CUDA events on a GPU, the wall clock on a CPU. Peak memory is
-what an iteration allocates at most, on a GPU. `limit` is the convolutions' forward and input gradient at the rate of the best
-matrix product measured in the same process.
+Times are medians with 10 and 90 % quantiles at steady state: CUDA events on a GPU, the wall clock on a CPU. `peak MB` is what
+the implementation holds at most, its teachers' weights included (not counted for compiled code on a CPU). `limit` is the
+convolutions' forward and input gradient at the rate of the best matrix product measured in the same process.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import gc
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -32,11 +32,12 @@ import results
 import timing
 import torch
 import tyro
-from cases import PAPER_METHODS, POOL, Case, make_case, make_teacher, teachers_of
-from gate import DisagreementError, Reference, check, settle_reference_arithmetic
+from cases import PAPER_METHODS, POOL, Case, check_method, make_case, make_teacher, teachers_of
+from gate import LIMITS, DisagreementError, Reference, check, settle_reference_arithmetic
 from ways import AUTOCAST, Engine, Losses, Plain, Rival
 
 from fd2fast.device import pick_device
+from fd2fast.errors import UserError
 from fd2fast.memory import is_out_of_memory
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher
@@ -46,30 +47,33 @@ COLUMNS = ("method", "way", "segments", "images", "size", "precision", "ms", "ms
 COLUMNS += ("limit ms", "of limit", "x plain", "x rival")
 
 
+WAYS = ("plain", "rival", "engine")
+
+
 @dataclass(frozen=True)
 class Options:
     """What to measure."""
 
     # Methods; the round robin ones take all of `pool`, the others `teacher`.
     methods: tuple[str, ...] = PAPER_METHODS
-    # Backbone of single-teacher methods.
-    teacher: str = "ResNet18"
-    # Backbones of the others.
-    pool: tuple[str, ...] = POOL
+    # Backbone of single-teacher methods; empty: ResNet18.
+    teacher: str = ""
+    # Backbones of the others; none: the paper's four.
+    pool: tuple[str, ...] = ()
     # Implementations.
-    ways: tuple[str, ...] = ("plain", "rival", "engine")
-    # Classes of the teachers.
-    classes: int = 200
+    ways: tuple[str, ...] = WAYS
+    # Classes of the teachers; 0: 200.
+    classes: int = 0
     # Images of a segment; 0: 100 on a GPU, 10 on a CPU.
     rows: int = 0
-    # Side of the images, pixels.
-    size: int = 224
+    # Side of the images, pixels; 0: 224.
+    size: int = 0
     # Earlier images of the same class for each image (FD2).
     priors: int = 1
     # Arithmetic of rival and engine.
     precision: str = "auto"
-    # Turns of the implementations; each is one iteration with every teacher.
-    repetitions: int = 20
+    # Turns of the implementations, each one iteration with every teacher; 0: 20.
+    repetitions: int = 0
     # Compile the rival.
     compile: bool = True
     # Also the engine alone at 1 to 32 segments of 10 and 100 rows (fewer where the memory ends).
@@ -80,18 +84,28 @@ class Options:
     threads: int = 0
     # Device.
     device: str = "auto"
-    # File that gets a JSON object a line; printed without it.
-    json: Path | None = None
+    # Folder for the JSON, Markdown and PNG files.
+    out: Path = results.ROOT / "bench" / "results"
 
-    def settled(self) -> Options:
-        """Without open fields."""
-        changes: dict[str, Any] = {}
+    def settled(self, device: torch.device) -> Options:
+        """Without open fields. Raises UserError for values out of range."""
+        default: dict[str, Any] = {"rows": 100 if device.type == "cuda" else 10, "size": 224, "repetitions": 20}
+        default |= {"teacher": "ResNet18", "pool": POOL, "classes": 200}
         if self.quick:
-            changes = {"teacher": "timm:test_resnet", "size": 32, "repetitions": 3, "classes": 10}
-            changes |= {"pool": ("timm:test_resnet", "timm:test_efficientnet"), "rows": self.rows or 4}
-        elif not self.rows:
-            changes = {"rows": 100 if pick_device(self.device).type == "cuda" else 10}
-        return dataclasses.replace(self, **changes)
+            default = {"rows": 4, "size": 32, "repetitions": 3, "teacher": "timm:test_resnet", "classes": 10}
+            default |= {"pool": ("timm:test_resnet", "timm:test_efficientnet")}
+        found = dataclasses.replace(self, **{name: v for name, v in default.items() if not getattr(self, name)})
+        for name in ("classes", "rows", "size", "repetitions"):
+            if getattr(found, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(found, name)}")
+        for method in found.methods:
+            check_method(method)
+        for way in found.ways:
+            if way not in WAYS:
+                raise UserError(f"unknown way {way!r}; wanted some of {', '.join(WAYS)}")
+        if found.precision not in ("auto", *LIMITS):
+            raise UserError(f"precision must be auto, {', '.join(LIMITS)}, got {found.precision}")
+        return found
 
 
 def case_of(method: str, options: Options, teachers: dict[str, Teacher], device: torch.device, rows: int) -> Case:
@@ -141,6 +155,7 @@ def row_of(way: str, values: list[float], base: dict[str, Any]) -> dict[str, Any
 
 def measure(method: str, options: Options, teachers: dict[str, Teacher], device: torch.device) -> list[dict[str, Any]]:
     """Check, then one row for each implementation. Raises DisagreementError where the check fails."""
+    torch._dynamo.reset()  # compiled code of other methods counts against its limit
     case = case_of(method, options, teachers, device, options.rows)
     precision, period, fused = case.config.precision, len(case.teachers), fused_of(case)
     errors = checked(case, fused)
@@ -171,10 +186,19 @@ def measure(method: str, options: Options, teachers: dict[str, Teacher], device:
             for other in ("plain", "rival")
             if times.get(other)
         }
-        if device.type == "cuda":  # one implementation at a time, the others gone
-            row["peak MB"] = round(timing.peak_memory(makers[way], period, device)[0] or 0.0, 1)
+        if device.type == "cuda" or not (way == "rival" and options.compile):  # one at a time, the others gone
+            row["peak MB"] = peak_mb(makers[way], fused if way == "engine" else case.teachers, period, device)
         rows.append({**row, **{k: v for k, v in errors.items() if k.startswith(way)}})
     return rows
+
+
+def peak_mb(
+    make: Callable[[], timing.Run], teachers: Sequence[torch.nn.Module], period: int, device: torch.device
+) -> float:
+    """MB at most, the teachers' weights included."""
+    gc.collect()
+    peak, _ = timing.peak_memory(make, period, device)
+    return round((peak or 0.0) + timing.weight_bytes(teachers) / 1e6, 1)
 
 
 def sweep(method: str, options: Options, teachers: dict[str, Teacher], device: torch.device) -> list[dict[str, Any]]:
@@ -196,29 +220,36 @@ def sweep(method: str, options: Options, teachers: dict[str, Teacher], device: t
                 break
             base = {"method": method, "segments": segments, "images": rows * segments, "size": options.size}
             row = row_of("engine", times, {**base, "precision": precision, "limit ms": round(limit * segments, 3)})
-            if device.type == "cuda":
-                del run
-                make = functools.partial(Engine, case, fused, precision=precision, segments=segments)
-                row["peak MB"] = round(timing.peak_memory(make, period, device)[0] or 0.0, 1)
+            del run
+            make = functools.partial(Engine, case, fused, precision=precision, segments=segments)
+            row["peak MB"] = peak_mb(make, fused, period, device)
             found.append(row)
-            if device.type == "cpu" and segments * rows >= 40:
+            if device.type == "cpu" and segments * rows >= (40 if rows == 10 else 100):
                 break
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print and write the rows, then the table; 1 where a case disagrees with the plain loop."""
-    given = tyro.cli(Options, args=arguments, description=__doc__)
-    options = given.settled()
-    device = pick_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    settle_reference_arithmetic()
-    names = {name for method in options.methods for name in teachers_of(method, options.teacher, options.pool)}
-    teachers = {
-        name: make_teacher(name, classes=options.classes, size=options.size, device=device) for name in sorted(names)
-    }
-    place, rows, failed = results.about(device, "step", arguments), [], False
+    """Measure, write the files, print the table; 1 where a case disagrees with the plain loop, 2 for bad arguments."""
+    try:
+        given = tyro.cli(Options, args=arguments, description=__doc__, prog="fd2fast bench step")
+        device = pick_device(given.device)
+        options = given.settled(device)
+        timing.use_threads(options.threads)
+        results.prepare(options.out)
+        settle_reference_arithmetic()
+        names = {name for method in options.methods for name in teachers_of(method, options.teacher, options.pool)}
+        teachers = {
+            name: make_teacher(name, classes=options.classes, size=options.size, device=device)
+            for name in sorted(names)
+        }
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    place: dict[str, Any] = results.about(device, "step", arguments)
+    place["work"] = f"{options.rows} images of {options.size}², {', '.join(sorted(names))}; random weights and images"
+    rows: list[dict[str, Any]] = []
+    failed = False
     for method in options.methods:
         try:
             found = measure(method, options, teachers, device)
@@ -228,17 +259,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         if options.sweep:
             found += sweep(method, options, teachers, device)
-        for row in found:
-            line = json.dumps({**place, **row})
-            if options.json is None:
-                print(line, flush=True)
-            else:
-                with options.json.open("a") as file:
-                    file.write(line + "\n")
         rows += found
-    print(", ".join(f"{k} {v}" for k, v in place.items()))
-    print(results.markdown(rows, COLUMNS))
+        results.save(options.out, place, rows, COLUMNS, picture)
+    if rows:
+        results.publish(options.out, place, rows, COLUMNS, picture)
     return int(failed)
+
+
+def picture(rows: Sequence[dict[str, Any]], title: str) -> Any:
+    """Milliseconds for an image by method: implementations with one segment, and the sweep's steps."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure = results.figure_of(3.4 * len(methods), 3.4)
+    for column, method in enumerate(methods):
+        axes = figure.add_subplot(1, len(methods), column + 1)
+        shown = [row for row in rows if row["method"] == method]
+        names = [f"{row['way']}, {row['segments']} x {row['images'] // row['segments']}" for row in shown]
+        colours = ["tab:orange" if row["way"] == "engine" else "tab:grey" for row in shown]
+        axes.barh(range(len(shown)), [row["ms"] / row["images"] for row in shown], color=colours, tick_label=names)
+        axes.invert_yaxis()
+        axes.set_title(method)
+        axes.set_xlabel("ms an image and iteration")
+    figure.suptitle(title, fontsize=9)
+    return figure
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ paper's protocol (mean of the first 5 iterations of a fresh run on the host's cl
 the check before); `ms` median, with
 10 and 90 % quantiles, at steady state, all rows taking turns; `x rival` the median over the turns of the fastest rival's time
 over the row's; `of limit` the least time that the work can take (convolutions at the best measured matrix product, or bytes at
-the best measured copy, whichever is more) over the row's.
+the best measured copy, whichever is more) over the row's; `peak MB` what the row holds at most, its teachers' weights included,
+as torch allocates it (the paper's GB likewise), `reserved MB` what torch takes from the device for it.
 """
 
 from __future__ import annotations
@@ -42,14 +43,13 @@ import results
 import timing
 import torch
 import tyro
-from cases import PAPER_METHODS, POOL, Case, make_case, make_teacher, teachers_of
-from gate import DisagreementError, Errors, Reference, check, settle_reference_arithmetic
+from cases import PAPER_METHODS, POOL, Case, check_method, make_case, make_teacher, teachers_of
+from gate import LIMITS, DisagreementError, Errors, Reference, check, settle_reference_arithmetic
 from ways import AUTOCAST, Engine, Losses, Plain, Rival
 
 from fd2fast.device import pick_device
 from fd2fast.errors import UserError
 from fd2fast.memory import is_out_of_memory
-from fd2fast.methods import METHODS, check_name
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.step import map_dtype
@@ -138,12 +138,12 @@ class Options:
             raise UserError(f"rounds must be 0 or more, got {found.rounds}")
         if found.classes % found.rows:
             raise UserError(f"classes must be a multiple of the {found.rows} rows of a segment, got {found.classes}")
-        if found.priors < 0 or found.threads < 0:
-            raise UserError("priors and threads must be 0 or more")
+        if found.priors < 0:
+            raise UserError(f"priors must be 0 or more, got {found.priors}")
+        if found.precision not in ("auto", *LIMITS):
+            raise UserError(f"precision must be auto, {', '.join(LIMITS)}, got {found.precision}")
         for method in found.methods:
-            check_name(method)
-            if method not in METHODS:
-                raise UserError(f"{method} picks real images and has no iterations to measure")
+            check_method(method)
         for way in found.ways:
             if way not in WAYS:
                 raise UserError(f"unknown way {way!r}; wanted some of {', '.join(WAYS)}")
@@ -183,6 +183,7 @@ def measure(
         images=images,
     )
     precision, gpu, period = case.config.precision, device.type == "cuda", len(chosen)
+    torch._dynamo.reset()  # compiled code of other methods counts against its limit
     fused = [fuse(t, map_dtype(precision, torch.float32)) for t in case.teachers]
     segments = options.classes // options.rows
     make = makers(case, fused, [fuse(t, torch.float32) for t in case.teachers], segments)
@@ -205,7 +206,7 @@ def measure(
         if "note" not in row:
             try:
                 runs[way] = make[way](case)
-                row["first 5 ms"] = round(timing.first_five(runs[way]), 3)
+                row["first 5 ms"] = round(timing.first_five(runs[way]) / (segments if way == "engine, all" else 1), 3)
             except (RuntimeError, MemoryError) as error:
                 _no_memory(row, error)
                 runs.pop(way, None)
@@ -218,6 +219,7 @@ def measure(
             gc.collect()
             try:
                 peak, reserved = timing.peak_memory(functools.partial(make[way], case), period, device)
+                peak += timing.weight_bytes(fused if way.startswith("engine") else case.teachers) / 1e6
                 row |= {"peak MB": round(peak, 1), "reserved MB": reserved and round(reserved, 1)} if peak else {}
             except (RuntimeError, MemoryError) as error:
                 _no_memory(row, error)
@@ -228,7 +230,15 @@ def measure(
 def _gate(rows: dict[str, dict[str, Any]], make: dict[str, Any], case: Case) -> None:
     """Compare every row with the plain loop; a row that disagrees gets a note in place of times."""
     settle_reference_arithmetic()
-    precision, reference = case.config.precision, Reference(case)
+    precision = case.config.precision
+    try:
+        reference = Reference(case)
+    except (RuntimeError, MemoryError) as error:
+        for way, row in rows.items():
+            _no_memory(row, error)
+            if way != "plain":
+                row["note"] = "no time: not checked, the plain loop runs out of memory"
+        return
     known: dict[str, Errors] = {}
     for way, row in rows.items():
         if way == "plain" or "note" in row:
@@ -242,10 +252,12 @@ def _gate(rows: dict[str, dict[str, Any]], make: dict[str, Any], case: Case) -> 
             code = "compiled" if way == "graph" else way
             if code not in known:
                 known[code] = reference.errors_of(make[code])
+            if way == "graph":
+                known[way] = dataclasses.replace(known[code], images=reference.images_error_of(make[way]))
             used = "fp32" if way == "vectorised" else precision
             peer = known.get("bf16") if way.startswith("engine") and used in AUTOCAST else None
-            check(way, known[code], used, peer)
-            row |= known[code].record(way)
+            check(way, known[way], used, peer)
+            row |= known[way].record(way)
         except DisagreementError as error:
             row["note"] = f"no time: {error}"
         except (RuntimeError, MemoryError) as error:
@@ -305,6 +317,26 @@ def least_ms(case: Case, precision: str, device: torch.device) -> float:
         moved += 12 * case.initial.numel() * 4  # images, moments and gradients through view, adjoint and Adam, in fp32
         found.append(max(flops / timing.product_rate(dtype, device), moved / timing.copy_rate(device)))
     return 1e3 * statistics.mean(found)
+
+
+def ceilings(device: torch.device, teachers: dict[str, Teacher], options: Options) -> dict[str, Any]:
+    """What `of limit` is made of: the device's measured rates, and FLOPs and elements moved by each teacher."""
+    image = torch.zeros(1, 3, options.size, options.size, device=device)
+    work = {
+        name: {
+            "GFLOP an image": round(timing.convolution_flops(teacher.backbone, image) / 1e9, 3),
+            "M elements moved an image": round(timing.traffic_elements(teacher.backbone, image) / 1e6, 2),
+        }
+        for name, teacher in teachers.items()
+    }
+    dtypes = {name: AUTOCAST.get(name, torch.float32) for name in ("fp32", "bf16")}
+    rates = {name: round(timing.product_rate(dtype, device) / 1e12, 3) for name, dtype in dtypes.items()}
+    return {
+        "GB/s of a copy": round(timing.copy_rate(device) / 1e9, 1),
+        "TFLOP/s of a product": rates,
+        "teachers": work,
+        "clocks after": results.clocks(device),
+    }
 
 
 def picture(rows: Sequence[dict[str, Any]], title: str) -> Any:
@@ -378,8 +410,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = tyro.cli(Options, args=arguments, description=__doc__, prog="fd2fast bench table2")
         device = pick_device(given.device)
         options = given.settled(device)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        timing.use_threads(options.threads)
+        results.prepare(options.out)
         place = results.about(device, "table2", arguments)
         teachers, images = given_teachers(options, device), given_images(options)
     except UserError as error:
@@ -394,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for method in options.methods:
         print(f"{method} …", file=sys.stderr, flush=True)
         rows += measure(method, options, teachers, device, images)
-        place["GB/s of a copy"] = round(timing.copy_rate(device) / 1e9, 1)
+        place |= ceilings(device, teachers, options)
         # after each method, so that what was measured outlives a lease that ends
         path = results.save(options.out, place, rows, COLUMNS, picture)
     print(results.markdown(rows, COLUMNS))

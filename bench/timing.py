@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fd2fast.errors import UserError
 from fd2fast.memory import is_out_of_memory, peak_bytes
 
 Run = Callable[[int], None]
@@ -19,6 +23,7 @@ Run = Callable[[int], None]
 # Passes of an iteration over each BN input: written by the convolution, read and written by BN, read by the next one, and
 # back: two reads and a write through BN, a read and a write through the convolution.
 PASSES = 9
+BURST = 5
 
 
 def once(run: Run, t: int, device: torch.device) -> float:
@@ -36,29 +41,32 @@ def once(run: Run, t: int, device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def back_to_back(run: Run, first: int, count: int, device: torch.device) -> float:
-    """Milliseconds an iteration when `count` follow each other without a wait in between, as the engine runs them."""
-    if device.type != "cuda":
-        return _wall(run, first, count)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for t in range(first, first + count):
-        run(t)
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / count
-
-
-def _wall(run: Run, first: int, count: int) -> float:
-    begin = time.perf_counter()
-    for t in range(first, first + count):
-        run(t)
-    return 1e3 * (time.perf_counter() - begin) / count
+def back_to_back(run: Run, first: int, periods: int, period: int, device: torch.device) -> list[float]:
+    """Milliseconds an iteration, a value for each period; nothing waits between them, as the engine runs them."""
+    marks: list[Any] = []
+    if device.type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(periods + 1)]
+        torch.cuda.synchronize()
+        marks[0].record()
+    else:
+        marks.append(time.perf_counter())
+    for n in range(periods):
+        for t in range(first + n * period, first + (n + 1) * period):
+            run(t)
+        if device.type == "cuda":
+            marks[n + 1].record()
+        else:
+            marks.append(time.perf_counter())
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / period for a, b in itertools.pairwise(marks)]
+    return [1e3 * (b - a) / period for a, b in itertools.pairwise(marks)]
 
 
 def first_five(run: Run) -> float:
     """The paper's protocol: mean of the first 5 iterations on the host's clock, not waiting for the device; milliseconds."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     begin = time.perf_counter()
     for t in range(5):
         run(t)
@@ -68,24 +76,27 @@ def first_five(run: Run) -> float:
 def interleaved(
     runs: dict[str, Run], rounds: int, period: int, device: torch.device, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Milliseconds an iteration, one value a round: `period` iterations (every teacher once) of each run in turn.
+    """Milliseconds an iteration, at least `rounds` values, each over `period` iterations (every teacher once); runs take turns.
 
-    A run that runs out of memory is dropped: its list is empty.
+    A GPU does BURST periods in one turn, after one that is not counted, in which the host gets ahead. A run that runs out of
+    memory is dropped from `runs`; its list is empty.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
-    left = dict(runs)
-    for turn in range(-warm_up, rounds):
-        for name in list(left):
+    burst, ahead = (BURST, 1) if device.type == "cuda" else (1, 0)
+    for turn in range(-warm_up, -(-rounds // burst)):
+        for name in list(runs):
+            first = (turn + warm_up) * (ahead + burst) * period
             try:
-                taken = back_to_back(left[name], (turn + warm_up) * period, period, device)
+                taken = back_to_back(runs[name], first, ahead + burst, period, device)[ahead:]
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                del left[name]
+                traceback.clear_frames(error.__traceback__)  # they hold its tensors
+                del runs[name]
                 found[name] = []
                 continue
             if turn >= 0:
-                found[name].append(taken)
+                found[name] += taken
     return found
 
 
@@ -134,10 +145,13 @@ def peak_memory(make: Callable[[], Run], period: int, device: torch.device) -> t
 
 @functools.cache
 def product_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the best of a few square matrix products."""
+    """FLOP/s of the best of a few square matrix products; in fp32 on a GPU by TF32, which convolutions may use, too."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
     best = min(once(lambda _: _use(a @ b), 0, device) for _ in range(12))
+    torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * side**3 / (best * 1e-3)
 
 
@@ -153,6 +167,19 @@ def copy_rate(device: torch.device) -> float:
 
 def _use(_: object) -> None:
     return None
+
+
+def use_threads(count: int) -> None:
+    """Threads on a CPU; 0 leaves torch's own choice. Raises UserError for fewer."""
+    if count < 0:
+        raise UserError(f"threads must be 0 or more, got {count}")
+    if count:
+        torch.set_num_threads(count)
+
+
+def weight_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
 
 
 def convolution_flops(module: nn.Module, image: torch.Tensor) -> float:

@@ -246,14 +246,14 @@ class Engine:
         with repeatable(allow_tf32=torch.backends.cudnn.allow_tf32):  # as the distill stage runs it
             losses = self.step.iterate()
         if read:
-            self.terms = dict(zip(TERMS, losses[0].tolist(), strict=True))
+            self.terms = dict(zip(TERMS, losses.mean(dim=0).tolist(), strict=True))
 
     @property
     def images(self) -> Tensor:
-        """Of the first segment."""
-        return self.step.images[: self.rows]
+        """Of all segments."""
+        return self.step.images
 
     @property
     def gradient(self) -> Tensor:
         assert self.step.gradient is not None
-        return self.step.gradient[: self.rows]
+        return self.step.gradient

@@ -34,7 +34,7 @@ def test_scale_writes_every_part(tmp_path, capsys):
 def test_seconds_follow_the_plan():
     """Two waves of 3 and 3 segments, one in a step, the last block half as large."""
     plan = make_plan(10, 2, group_size=2, segment_size=4, segments_per_step=1)
-    cost = scale.Cost(fixed=1.0, segment=10.0, slot=2.0)
+    cost = scale.Cost(fixed=1.0, segment=9.0, slot=2.0, base=5, per_class=0.2)
     first, second = 2 * 11 + (1 + 5), 2 * 13 + (1 + 6)
     assert scale.seconds_of(plan, cost, 100) == pytest.approx((first + second) / 10)
     # two processes: (11, 11) then 6 on top of one; (13, 13) then 7
@@ -46,6 +46,9 @@ def test_the_line_through_the_steps():
     cost = scale.cost_of({1: 3.0, 2: 5.0, 4: 9.0}, {0: 3.0, 1: 3.5, 2: 4.0})
     assert cost.ms(8, 0) == pytest.approx(17.0)
     assert cost.ms(2, 3) == pytest.approx(5.0 + 2 * 3 * 0.5)
+    many = scale.cost_of({1: 3.0, 2: 5.0}, {0: 3.0}, {10: 3.0, 110: 4.0}, base=10)
+    assert many.ms(2, 0, classes=210) == pytest.approx(5.0 + 2 * 2.0)
+    assert many.ms(2, 0) == pytest.approx(5.0)
     assert scale.step_sizes(6) == [1, 2, 4, 6]
 
 
@@ -55,6 +58,10 @@ def test_the_line_through_the_steps():
         (scale, [*TINY, "--parts", "stepp"], "unknown part 'stepp'"),
         (scale, [*TINY, "--method", "sre2l++"], "part group needs a method with FD2"),
         (scale, [*TINY, "--iterations", "0"], "iterations must be at least 1"),
+        (scale, [*TINY, "--method", "foo"], "unknown method 'foo'"),
+        (scale, [*TINY, "--method", "random"], "random picks real images"),
+        (scale, [*TINY, "--method", "fadrm+_fd2"], "fadrm+_fd2 takes several teachers"),
+        (scale, [*TINY, "--threads", "-1"], "threads must be 0 or more"),
         (pipeline, ["--parts", "all"], "unknown part 'all'"),
         (pipeline, ["--run", "nowhere", "--parts", "stages"], "nowhere holds no finished run"),
         (pipeline, ["--preset", "birds"], "unknown preset 'birds'"),

@@ -57,6 +57,44 @@ def test_a_row_that_disagrees_gets_no_time(tmp_path, monkeypatch):
     assert rows["engine"]["ms"] > 0
 
 
+def test_every_segment_of_a_row_is_compared(tmp_path, monkeypatch):
+    right = table2.Engine.__call__
+
+    def wrong(self, t, *, read=False):
+        right(self, t, read=read)
+        self.step.images[self.rows :] = 0.0
+
+    monkeypatch.setattr(table2.Engine, "__call__", wrong)
+    arguments = [*TINY, "--methods", "sre2l++", "--ways", "plain", "engine", "engine, all", "--out", str(tmp_path)]
+    assert table2.main(arguments) == 1
+    rows = {row["way"]: row for row in rows_of(tmp_path)}
+    assert rows["engine"]["ms"] > 0
+    assert rows["engine, all"]["note"].startswith("no time: engine, all in bf16: images off by")
+
+
+def test_four_teachers_compiled_for_several_methods(tmp_path, monkeypatch):
+    """torch.compile takes a limited number of versions of one code."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: real(f, backend="eager", **kwargs))
+    pool = [f"timm:test_resnet,channels={width}x32x48x96" for width in (16, 24, 32, 40)]
+    arguments = [*TINY, "--methods", "sre2l++", "fadrm+", "fadrm+_fd2", "--pool", *pool, "--ways", "plain", "compiled"]
+    assert table2.main([*arguments, "--precision", "fp32", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    compiled = [row for row in rows_of(tmp_path) if row["way"] == "compiled"]
+    assert len(compiled) == 3
+    assert all(row["ms"] > 0 for row in compiled)
+
+
+def test_without_a_reference_nothing_is_timed(tmp_path, monkeypatch):
+    def full(self, t, *, read=False):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(table2.Plain, "__call__", full)
+    arguments = [*TINY, "--methods", "sre2l++", "--ways", "plain", "engine", "--out", str(tmp_path)]
+    assert table2.main(arguments) == 1
+    notes = {row["way"]: row["note"] for row in rows_of(tmp_path)}
+    assert notes == {"plain": "out of memory", "engine": "no time: not checked, the plain loop runs out of memory"}
+
+
 def test_a_row_without_memory_says_so(tmp_path, monkeypatch):
     right = table2.Rival.__call__
 
@@ -82,6 +120,9 @@ def test_a_row_without_memory_says_so(tmp_path, monkeypatch):
         (["--classes", "9"], "classes must be a multiple of the 4 rows"),
         (["--rows", "-1"], "rows must be at least 1"),
         (["--rounds", "-1"], "rounds must be 0 or more, got -1"),
+        (["--precision", "fp64"], "precision must be auto, fp32"),
+        (["--methods", "cvdd"], "cvdd weighs several teachers"),
+        (["--out", "/proc/nope"], "results cannot be written to /proc/nope"),
         (["--device", "cuda"], "finds no GPU here"),
         (["--dataset", "nowhere"], "nowhere does not exist"),
     ],
