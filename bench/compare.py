@@ -3,12 +3,15 @@
 fd2fast bench compare OLD.json NEW.json
 fd2fast bench compare OLD.json NEW.json --fail-if-slower     # exit code 1 where a row became slower
 
-Rows are matched by everything that says what was measured (method, way, sizes, precision …). A time has changed when the
-ranges between the 10 and 90 % quantiles of both do not overlap, a memory figure when it differs by more than 2 %.
+Rows are matched by everything that says what was measured (method, way, sizes, precision …). A machine is not always equally
+fast: where files share at least four times, the median of new / old over all of them is taken for the machine's drift, printed,
+and divided out. A time has changed when the ranges between the 10 and 90 % quantiles of both then do not overlap, a memory
+figure when it differs by more than 2 %.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +41,7 @@ KEYS = (
 )
 MEMORY = ("peak MB", "reserved MB", "host MB")
 LEAST_MEMORY_CHANGE = 0.02
+LEAST_ROWS = 4  # of a drift: a change of one row must not pass for it
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,17 @@ def key_of(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple((name, str(row[name])) for name in KEYS if row.get(name) is not None)
 
 
+def drift(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> float:
+    """How many times slower the new run's machine was: the median over the rows that both have; 1 for few of them."""
+    before, after = ({key_of(row): row["ms"] for row in rows if "ms" in row} for rows in (old, new))
+    ratios = [after[key] / before[key] for key in before if key in after]
+    return statistics.median(ratios) if len(ratios) >= LEAST_ROWS else 1.0
+
+
 def compare(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One line for each time and memory figure of rows that both have, and one for each row that only one has."""
     before, after = ({key_of(row): row for row in rows} for rows in (old, new))
+    slower = drift(old, new)
     lines = []
     for key in dict.fromkeys([*before, *after]):
         name = ", ".join(value for _, value in key)
@@ -68,7 +80,9 @@ def compare(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) 
         if a.get("note") != b.get("note"):
             lines.append({"row": name, "change": f"note was {a.get('note')!r}, now {b.get('note')!r}"})
         if "ms" in a and "ms" in b:
-            lines.append({"row": name, "figure": "ms", "old": a["ms"], "new": b["ms"], "change": _time_change(a, b)})
+            lines.append(
+                {"row": name, "figure": "ms", "old": a["ms"], "new": b["ms"], "change": _time_change(a, b, slower)}
+            )
         for figure in MEMORY:
             if a.get(figure) and b.get(figure):
                 lines.append(
@@ -83,11 +97,11 @@ def compare(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) 
     return lines
 
 
-def _time_change(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+def _time_change(a: Mapping[str, Any], b: Mapping[str, Any], slower: float) -> str:
     (a_low, a_high), (b_low, b_high) = ((r.get("ms 10%", r["ms"]), r.get("ms 90%", r["ms"])) for r in (a, b))
-    if a_low <= b_high and b_low <= a_high:
+    if a_low <= b_high / slower and b_low / slower <= a_high:
         return "within noise"
-    factor = a["ms"] / b["ms"]
+    factor = slower * a["ms"] / b["ms"]
     return f"{factor:.2f} x faster" if factor > 1 else f"{1 / factor:.2f} x slower"
 
 
@@ -115,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"{name}: {run['about']['commit'][:10]}, {run['about']['date']}, load before {run['about'].get('load before')}"
         )
+    slower = drift(old["rows"], new["rows"])
+    print(f"new / old over all rows (drift, divided out): {slower:.3f}")
     lines = compare(old["rows"], new["rows"])
     print(results.markdown(lines, ("row", "figure", "old", "new", "change")))
     slower = any(str(line["change"]).endswith("slower") for line in lines)

@@ -124,6 +124,17 @@ def test_only_changes_beyond_noise_are_called_so(old, new, change, code, tmp_pat
     assert f"| {change} |" in capsys.readouterr().out
 
 
+def test_a_slower_machine_is_no_change_of_a_row():
+    def rows(*times):
+        return [{"way": str(n), "ms": t, "ms 10%": 0.99 * t, "ms 90%": 1.01 * t} for n, t in enumerate(times)]
+
+    old, new = rows(10, 20, 30, 40, 50), rows(12, 24, 36, 48, 30)
+    assert compare.drift(old, new) == pytest.approx(1.2)
+    assert [line["change"] for line in compare.compare(old, new)] == ["within noise"] * 4 + ["2.00 x faster"]
+    assert compare.drift(old[:3], new[:3]) == 1.0  # too few to tell
+    assert compare.compare(old[:1], new[:1])[0]["change"] == "1.20 x slower"
+
+
 def test_other_changes_are_named(tmp_path, capsys):
     a = write(tmp_path / "a.json", **{"ms": 5.0, "peak MB": 100.0})
     assert compare.main([a, write(tmp_path / "b.json", **{"ms": 5.0, "peak MB": 101.0})]) == 0
