@@ -22,6 +22,7 @@ from fd2fast.config import (
 )
 from fd2fast.errors import UserError, nearest
 from fd2fast.presets import PRESETS, from_toml, preset
+from fd2fast.progress import show_notes
 from fd2fast.workers import is_first
 
 T = TypeVar("T")
@@ -380,6 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] in ("--version", "version"):
         print(__version__)
         return 0
+    show_notes()
     try:
         if arguments[0] not in COMMANDS:
             raise UserError(f"unknown command {arguments[0]!r}: {nearest(arguments[0], COMMANDS)}")

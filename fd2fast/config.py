@@ -201,8 +201,9 @@ class DistillConfig:
     save_format: Literal["png", "jpg"] | None = None
     # To 8 bits by rounding or by truncation (released).
     quantize: Literal["round", "truncate"] | None = None
-    # Arithmetic of the teacher: fp64 for parity, fp32, bf16, fp16; auto: bf16 where it is fast, else fp32.
-    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
+    # Arithmetic of the teacher: fp64 for parity, fp32, tf32 (fp32 with a GPU's TF32 convolutions, which is what the reference
+    # computes there), bf16, fp16; auto: bf16 where it is fast, else fp32.
+    precision: Literal["auto", "fp64", "fp32", "tf32", "bf16", "fp16"] = "auto"
     # Seed of initial images, crops, flips and rolls.
     seed: int = 0
     # Iterations between saves of unfinished steps; None: about every 30 seconds.

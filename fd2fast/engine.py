@@ -165,7 +165,7 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(part.segments) == 1:
-            raise too_small(self.memory, rows, free_bytes(self.device)) from None
+            raise too_small(self.memory, rows, free_bytes(self.device), self.config.precision) from None
         self._too_many = rows
         halves = self._split(part, state)
         iteration = state["optimiser"]["iteration"] if state else 0

@@ -62,7 +62,7 @@ def measure(config: DistillConfig, teachers: Sequence[FusedTeacher], device: tor
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise too_small(None, _ROWS[1], free_bytes(device)) from error
+        raise too_small(None, _ROWS[1], free_bytes(device), config.precision) from error
     row = max(0, peaks[1] - peaks[0]) / (_ROWS[1] - _ROWS[0])
     fixed = max(0.0, peaks[0] - _ROWS[0] * row)
     return StepMemory(int(_MARGIN * fixed), int(_MARGIN * row) + 1)
@@ -187,11 +187,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory"))
 
 
-def too_small(memory: StepMemory | None, rows: int, free: int) -> UserError:
+def too_small(memory: StepMemory | None, rows: int, free: int, precision: str) -> UserError:
     """The error for one segment that does not fit: what it needs, what is free, what to change."""
-    needs = f", it needs about {_text(memory.of(rows))}" if memory is not None else ""
+    needs = f", they need about {_text(memory.of(rows))}" if memory is not None else ""
+    half = "" if precision in ("bf16", "fp16") else "precision bf16, "
     return UserError(
-        f"{rows} images at once do not fit the memory{needs}; {_text(free)} are free. Use precision bf16, a smaller "
+        f"{rows} images at once do not fit the memory{needs}; {_text(free)} are free. Use {half}a smaller "
         "group_size, a device with more memory, or a smaller segment_size (part of the method: it changes the BN statistics); "
         "what is finished is kept"
     )

@@ -1,5 +1,6 @@
 """Progress bars for long work: rate, time left and the losses of now, quiet where no person looks."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -40,6 +41,25 @@ class Progress:
 
     def __exit__(self, *exc: Any) -> None:
         self._bar.close()
+
+
+class NotesHandler(logging.Handler):
+    """Writes what the package logs to stderr, above a running bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line, as it is."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def show_notes() -> None:
+    """Let people see what the package logs: steps that were split, layers left as they are, why there are no graphs …"""
+    logger = logging.getLogger("fd2fast")
+    if not logger.hasHandlers():
+        logger.addHandler(NotesHandler())
+        # notes once for all processes of a torchrun job, warnings from each
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+        # each operation's backend is what `fd2fast info` is for
+        logging.getLogger("fd2fast.ops").setLevel(logging.WARNING)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:

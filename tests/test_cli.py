@@ -1,9 +1,12 @@
 """The command line: help that teaches, errors without tracebacks, settings that reach the stages."""
 
+import logging
+
 import pytest
 
 from fd2fast import cli
 from fd2fast.errors import UserError
+from fd2fast.progress import show_notes
 
 
 def test_usage_names_every_command(capsys):
@@ -102,3 +105,24 @@ def test_take_pulls_an_option_out():
     assert cli._take(["b"], "--x", "d") == ("d", ["b"])
     with pytest.raises(UserError, match="wants a value"):
         cli._take(["--x"], "--x", None)
+
+
+def test_notes_are_shown_to_people(capsys, monkeypatch):
+    package, ops = logging.getLogger("fd2fast"), logging.getLogger("fd2fast.ops")
+    monkeypatch.setattr(package, "hasHandlers", lambda: False)  # pytest has its own
+    monkeypatch.setattr(package, "handlers", [])
+    levels = package.level, ops.level
+    try:
+        show_notes()
+        package.info("steps of 3 images")
+        ops.info("add runs on the reference backend")
+        assert capsys.readouterr().err == "steps of 3 images\n"
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setattr(package, "handlers", [])
+        show_notes()
+        package.info("steps of 3 images")
+        package.warning("split")
+        assert capsys.readouterr().err == "split\n"
+    finally:
+        package.setLevel(levels[0])
+        ops.setLevel(levels[1])

@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "info": BASE | {"device", "ops"},
     "pipeline": BASE | {"artifacts", "data", "methods", "stages", "workers"},
-    "cli": BASE | {"artifacts", "data", "info", "pipeline", "presets", "stages", "workers"},
+    "cli": BASE | {"artifacts", "data", "info", "pipeline", "presets", "progress", "stages", "workers"},
     "__main__": {"cli"},
 }
 

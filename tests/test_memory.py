@@ -89,12 +89,15 @@ def test_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
 
 
 def test_the_error_says_how_much() -> None:
-    text = str(too_small(StepMemory(2_000_000, 9_000_000), 100, 500_000_000))
+    text = str(too_small(StepMemory(2_000_000, 9_000_000), 100, 500_000_000, "fp32"))
+    assert "they need about 902.0 MB" in text
+    assert "Use precision bf16" in text
+    assert "bf16" not in str(too_small(StepMemory(2_000_000, 9_000_000), 100, 500_000_000, "bf16"))
     assert "100 images" in text
     assert "902.0 MB" in text
     assert "500.0 MB are free" in text
     assert "segment_size" in text
-    assert "needs about" not in str(too_small(None, 3, 10**10))
+    assert "need about" not in str(too_small(None, 3, 10**10, "fp32"))
 
 
 def test_too_little_memory_for_the_measurement_itself(

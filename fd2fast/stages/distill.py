@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -144,7 +145,7 @@ def _optimise(
                 logger.info("teacher %s: with ordinary autograd: %s", teacher.name, ", ".join(teacher.fallbacks))
         return made
 
-    with repeatable():
+    with repeatable(allow_tf32=config.precision == "tf32"):
         plan, memory = _plan(
             config,
             len(dataset.classes),
@@ -257,8 +258,10 @@ def _plan(
     """The plan that this artifact was begun with, or a new one that fits the memory; UserError if no segment does."""
 
     def settle() -> tuple[Plan, StepMemory | None]:
+        known = recorded.with_name("memory.json")
         if recorded.is_file():
-            return Plan.from_json(json.loads(recorded.read_text())), None
+            memory = StepMemory(**json.loads(known.read_text())) if known.is_file() else None
+            return Plan.from_json(json.loads(recorded.read_text())), memory
         assert config.segment_size is not None
         memory = measured()
         limit = free_bytes(device) if config.memory_limit is None else int(config.memory_limit * 1e9)
@@ -266,7 +269,7 @@ def _plan(
             limit //= local_count()
         rows = min(config.segment_size, classes)
         if memory.of(rows) > limit:
-            raise too_small(memory, rows, limit)
+            raise too_small(memory, rows, limit, config.precision)
         wanted = functools.partial(
             make_plan,
             classes,
@@ -283,6 +286,7 @@ def _plan(
             logger.info(
                 "steps of %d images instead of %d, for %.2f GB of memory", plan.max_rows_per_step, most, limit / 1e9
             )
+        write_json(known, dataclasses.asdict(memory))
         write_json(recorded, plan.to_json())
         return plan, memory
 
