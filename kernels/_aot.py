@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
-from fd2fast.kernels._common import OPTIONS, Compilation
+from fd2fast.kernels._common import Compilation, with_ones
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,12 +31,13 @@ class Resources:
 
 
 def compilations() -> list[Compilation]:
-    """Every committed configuration of every kernel module."""
+    """Every committed configuration of every kernel module, and each kernel once more with ones for sizes and strides."""
     found: list[Compilation] = []
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if not module.name.startswith("_"):
             found += importlib.import_module(f".{module.name}", __package__).compilations()
-    return found
+    first = {compilation.kernel.__name__: compilation for compilation in reversed(found)}
+    return found + [with_ones(compilation) for compilation in first.values()]
 
 
 def compile_sm90(compilation: Compilation) -> Resources:
@@ -55,7 +56,8 @@ def compile_sm90(compilation: Compilation) -> Resources:
         constexprs=constexprs,
         attrs={index: [["tt.divisibility", 16]] for index in divisible},
     )
-    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, **OPTIONS}
+    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
+    options["enable_fp_fusion"] = compilation.fp_fusion
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

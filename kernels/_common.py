@@ -1,6 +1,6 @@
 """Shared by the kernel modules: the accumulation type, exact roots, rows of segments, what to compile."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ class Compilation:
     """One kernel in one configuration, enough to compile it without a GPU and without tensors.
 
     signature: argument name -> Triton type ("*bf16", "i32", "fp32"), constexprs left out; constexprs: name -> value.
-    divisible: arguments that are multiples of 16 (pointers count by themselves), as the launcher would find.
+    divisible: arguments that are multiples of 16 (pointers count by themselves), as the launcher would find; fp_fusion: whether
+    products and sums may be fused.
     """
 
     kernel: Any
@@ -25,12 +26,20 @@ class Compilation:
     num_warps: int = 4
     num_stages: int = 3
     divisible: tuple[str, ...] = field(default=())
+    fp_fusion: bool = True
 
     @property
     def title(self) -> str:
         values = ", ".join(f"{k}={v}" for k, v in self.constexprs.items() if not isinstance(v, tl.dtype))
         pointers = " ".join(dict.fromkeys(t for t in self.signature.values() if t.startswith("*")))
         return f"{self.kernel.__name__}[{pointers}; {values}; {self.num_warps} warps]"
+
+
+def with_ones(compilation: Compilation) -> Compilation:
+    """The same with 1 for every integer argument, which a launch makes a constant of the kernel."""
+    whole = {name: kind for name, kind in compilation.signature.items() if kind not in ("i32", "i64")}
+    ones = {name: 1 for name in compilation.signature if name not in whole and name in compilation.kernel.arg_names}
+    return replace(compilation, signature=whole, constexprs={**compilation.constexprs, **ones}, divisible=())
 
 
 def accumulator(*tensors: torch.Tensor) -> tl.dtype:

@@ -6,8 +6,11 @@ import torch
 import triton
 import triton.language as tl
 from fd2fast.kernels import _configs
-from fd2fast.kernels._common import OPTIONS, Compilation, accumulator, accumulator_torch, divide, power_of_two
+from fd2fast.kernels._common import Compilation, accumulator, accumulator_torch, divide, power_of_two
 from torch import Tensor
+
+# a fused multiply-add would move the taps from where torch's resize has them, by up to 8e-6 of a pixel
+OPTIONS = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -34,6 +37,12 @@ def _rolled(source, roll, size):
     shift = tl.where(shift < 0, shift + size, shift)
     o = source + shift
     return tl.where(o >= size, o - size, o)
+
+
+@triton.jit
+def _scale(length, size, ACC: tl.constexpr):
+    """Crop pixels for one resized pixel. `full` also takes a size of 1, which a launch turns into a constant."""
+    return divide(length.to(ACC), tl.full([], size, ACC), ACC)
 
 
 @triton.jit
@@ -79,7 +88,7 @@ def axis_norm_kernel(
     axis = tl.program_id(1)
     source = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     length = tl.load(p_params + o_s * 7 + 2 + axis).to(tl.int32)
-    scale = divide(length.to(ACC), size.to(ACC), ACC)
+    scale = _scale(length, size, ACC)
     support = tl.maximum(scale, 1.0)
     centre = _centre(source, scale, ACC)  # [BLOCK]
     first = (centre - support).to(tl.int32) - 1
@@ -125,8 +134,8 @@ def crop_fwd_kernel(
     source_y = _unrolled(row, tl.load(p_row + 5).to(tl.int32), size)
     source_x = _unrolled(column, tl.load(p_row + 6).to(tl.int32), size)  # [BX]
     source_x = tl.where(flip != 0, size - 1 - source_x, source_x)
-    scale_y = divide(height.to(ACC), size.to(ACC), ACC)
-    scale_x = divide(width.to(ACC), size.to(ACC), ACC)
+    scale_y = _scale(height, size, ACC)
+    scale_x = _scale(width, size, ACC)
     centre_y = _centre(source_y, scale_y, ACC)
     centre_x = _centre(source_x, scale_x, ACC)
     o_c = tl.arange(0, BC)
@@ -205,8 +214,8 @@ def crop_bwd_kernel(
     height, width = tl.load(p_row + 2).to(tl.int32), tl.load(p_row + 3).to(tl.int32)
     flip = tl.load(p_row + 4)
     down, right = tl.load(p_row + 5).to(tl.int32), tl.load(p_row + 6).to(tl.int32)
-    scale_y = divide(height.to(ACC), size.to(ACC), ACC)
-    scale_x = divide(width.to(ACC), size.to(ACC), ACC)
+    scale_y = _scale(height, size, ACC)
+    scale_x = _scale(width, size, ACC)
     support_y = tl.maximum(scale_y, 1.0)
     support_x = tl.maximum(scale_x, 1.0)
     column = tl.program_id(2) * BX + tl.arange(0, BX)
@@ -326,9 +335,11 @@ def compilations() -> Iterator[Compilation]:
                     {"UPSAMPLE": upsample, "ACC": tl.float32, "BS": segments, "BX": bx, "BC": 4},
                     num_warps=_configs.CROP_WARPS,
                     divisible=("size", "columns", "stride_n", "out_n"),
+                    fp_fusion=False,
                 )
     yield Compilation(
         axis_norm_kernel,
         {"p_params": "*i64", "p_norm": "*fp32", "size": "i32"},
         {"ACC": tl.float32, "BLOCK": 256},
+        fp_fusion=False,
     )
