@@ -160,6 +160,19 @@ def _adam(device: torch.device, n: int, size: int, moments: str = "float32") -> 
     return Problem(call, tuple(state), (), dtype, moved, 0)
 
 
+def _max_pool(device: torch.device, n: int, c: int, size: int, kernel: int, stride: int) -> Problem:
+    # after a ReLU half of the pixels tie at 0
+    x = torch.randn(n, c, size, size, device=device).relu().to(torch.bfloat16).to(memory_format=torch.channels_last)
+
+    def call(x: Tensor, backend: str) -> Tensor:
+        return ops.max_pool(x, (kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, backend=backend)
+
+    y = call(x, "reference")
+    # forward: x in, y and a byte each out; backward: gradient and bytes in, gradient of x out
+    moved = _bytes(x) + _bytes(y) + y.numel()
+    return Problem(call, (x,), (0,), torch.bfloat16, moved, moved)
+
+
 # operation -> its problem at the sizes of bench/shapes.py
 REGISTRY: dict[str, Callable[..., Problem]] = {
     "bilinear_attention_pool": _pool,
@@ -169,4 +182,5 @@ REGISTRY: dict[str, Callable[..., Problem]] = {
     "bn_act_matching": _fused,
     "crop_flip_roll": _crop,
     "adam_clamp_": _adam,
+    "max_pool": _max_pool,
 }

@@ -40,6 +40,7 @@ PAPER = {
         {"n": 100, "size": 224, "out": 200, "segments": 1},
     ],
     "adam_clamp_": [{"n": n, "size": 224, "moments": m} for n in (100, 1600) for m in ("float32", "bfloat16")],
+    "max_pool": [{"n": n, "c": 64, "size": 112, "kernel": 3, "stride": 2} for n in (100, 1600)],
 }
 
 # for tests of the benches themselves, in the interpreter
@@ -51,4 +52,5 @@ TINY = {
     "bn_act_matching": [{"n": 3, "c": 8, "size": 3, "segments": 2, "residual": r} for r in (0, 1)],
     "crop_flip_roll": [{"n": 2, "size": 3, "out": 4, "segments": 2}],
     "adam_clamp_": [{"n": 2, "size": 3, "moments": m} for m in ("float32", "bfloat16")],
+    "max_pool": [{"n": 2, "c": 3, "size": 5, "kernel": 3, "stride": 2}],
 }

@@ -47,6 +47,10 @@ def bn_tile(channels: int, last: bool) -> tuple[int, int, int]:
     return 2048 // bc, bc, 4
 
 
+# elements of a tile of max_pool, 8 for each thread: with 16 its nine loads would take 190 registers
+MAX_POOL_ELEMENTS = 1024
+MAX_POOL_WARPS = 4
+
 # columns of one image row that a program of crop_flip_roll takes, and its warps
 CROP_COLUMNS = 256
 CROP_WARPS = 4

@@ -22,9 +22,11 @@ from fd2fast.ops import (
     bilinear_attention_pool,
     bn_act,
     bn_act_matching,
+    max_pool,
     segment_statistics,
 )
 from fd2fast.ops import prototype_loss as _prototype_loss
+from fd2fast.ops.max_pool import pooled_size
 
 Segments = tuple[int, ...]
 
@@ -562,7 +564,7 @@ class _MaxPool(torch.autograd.Function):
         if ctx.native:
             window = kernel, stride, padding, dilation
             ctx.settings, ctx.shape = (*window, ceil), tuple(x.shape)
-            y, places = cpu.max_pool_forward(x, window, _pooled_size(x, *window, ceil))
+            y, places = cpu.max_pool_forward(x, window, pooled_size(x.shape[2:], *window, ceil))
             ctx.save_for_backward(places)
             return y
         y, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil)
@@ -592,24 +594,6 @@ class _MaxPool(torch.autograd.Function):
             grad, shape_only, kernel, stride, padding, dilation, ceil, row * ctx.shape[-1] + column
         )
         return found, *(None,) * 5
-
-
-def _pooled_size(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil: bool,
-) -> list[int]:
-    """Height and width of the pooled map, as torch has them."""
-    sizes = []
-    for side, k, s, p, d in zip(x.shape[-2:], kernel, stride, padding, dilation, strict=True):
-        span = side + 2 * p - d * (k - 1) - 1
-        size = (-(-span // s) if ceil else span // s) + 1
-        # with ceil, a window that would start in the padding behind the map is left out
-        sizes.append(size - 1 if ceil and (size - 1) * s >= side + p else size)
-    return sizes
 
 
 def _window_starts(y: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -656,6 +640,8 @@ class FrozenMaxPool(nn.Module):
         """[N, C, H, W] -> [N, C, H', W']."""
         if self.same:
             x = pad_same(x, self.kernel, self.stride, self.dilation, float("-inf"))
+        if _dispatch.choose("max_pool", (x,), "auto") == "triton":
+            return max_pool(x, self.kernel, self.stride, self.padding, self.dilation, self.ceil)
         return _MaxPool.apply(x, self.kernel, self.stride, self.padding, self.dilation, self.ceil)
 
 

@@ -5,6 +5,7 @@ from fd2fast.ops.attention_similarity import attention_similarity_loss
 from fd2fast.ops.augment import crop_flip_roll
 from fd2fast.ops.bilinear_attention_pool import bilinear_attention_pool
 from fd2fast.ops.bn_matching import bn_act, bn_act_matching, bn_matching, match_statistics, segment_statistics
+from fd2fast.ops.max_pool import max_pool
 from fd2fast.ops.normalized_l2 import normalized_l2
 from fd2fast.ops.prototype_loss import prototype_loss
 
@@ -17,6 +18,7 @@ __all__ = [
     "bn_matching",
     "crop_flip_roll",
     "match_statistics",
+    "max_pool",
     "normalized_l2",
     "prototype_loss",
     "segment_statistics",

@@ -307,6 +307,21 @@ def test_max_pooling_keeps_one_byte_per_output(backend, layer, dtype):
     assert torch.equal(own_grad, plain_grad)
 
 
+def test_max_pooling_by_the_kernel(monkeypatch):
+    """Where the dispatch takes it, as on a GPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(frozen._dispatch, "choose", lambda name, tensors, backend: "triton")
+    layer = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+    x = torch.randn(2, 5, 8, 7).to(memory_format=torch.channels_last).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = frozen.FrozenMaxPool(layer)(x)
+    wanted = layer(x)
+    assert torch.equal(y, wanted)
+    assert [(t.dtype, t.numel()) for t in kept] == [(torch.uint8, y.numel())]
+    assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, wanted)))
+
+
 @pytest.mark.parametrize(
     "layer", [nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False)], ids=str
 )

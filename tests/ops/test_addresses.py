@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fd2fast import ops
+from fd2fast import ops, reference
 
 pytest.importorskip("triton")
 LIMIT = 1 << 31
@@ -112,6 +112,22 @@ def test_crop_flip_roll_and_its_adjoint(size):
     torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
     (expected,) = torch.autograd.grad(expected, images, grad.half())
     torch.testing.assert_close(adjoint, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_max_pool_and_its_gradient():
+    from fd2fast.kernels import max_pool
+
+    window = (3, 3), (2, 2), (1, 1), (1, 1)
+    x = torch.randn(3, 3, 5, 4).half().requires_grad_()
+    expected, places = reference.max_pool(x, *window, False)
+    y, found = _far_apart(torch.zeros_like(expected)), _far_apart(torch.zeros_like(places))
+    max_pool.max_pool_fwd(_far_apart(x.detach()), *window, y, found)
+    assert torch.equal(y, expected)
+    assert torch.equal(found, places)
+    grad = torch.randint(-3, 4, y.shape).half()
+    grad_x = _far_apart(torch.zeros_like(x.detach()))
+    max_pool.max_pool_bwd(_far_apart(grad), found, *window, grad_x)
+    assert torch.equal(grad_x, torch.autograd.grad(expected, x, grad)[0])
 
 
 @pytest.mark.parametrize("layout", [LAST, FIRST], ids=["last", "first"])

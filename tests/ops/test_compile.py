@@ -32,6 +32,7 @@ CASES = {
     "bn_matching, list": lambda x: ops.bn_matching(x, _constants(3), _constants(3), [0, 1, 4]),
     "bn_act_matching": lambda x: _flat(ops.bn_act_matching(x, *_constants(4, 3), SEGMENTS, residual=x.flip(0))),
     "bn_act": lambda x: ops.bn_act(x, *_constants(4, 3), activation="relu6"),
+    "max_pool": lambda x: ops.max_pool(x, (3, 3), (2, 2), (1, 1)),
     "segment_statistics": lambda x: _flat(ops.segment_statistics(x, SEGMENTS)),
     "match_statistics": lambda x: ops.match_statistics(x[:, :, 0, 0], x[:, :, 1, 1], *_constants(2, 3)),
     "crop_flip_roll": lambda x: ops.crop_flip_roll(
