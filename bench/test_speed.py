@@ -1,4 +1,4 @@
-"""Speed of what runs without a GPU, by pytest-benchmark: each operation's CPU path beside its reference, and the planner.
+"""Speed by pytest-benchmark: each operation's kernel (where there is a GPU) or CPU path beside its reference, and the planner.
 
 pytest bench/test_speed.py                                       # a table for each group, quickest first
 pytest bench/test_speed.py --benchmark-autosave                  # kept under .benchmarks
@@ -23,6 +23,7 @@ from fd2fast.reference import planner as reference
 
 sys.path.insert(0, str(Path(__file__).parent))
 from registry import REGISTRY, Problem  # noqa: E402
+from shapes import PAPER  # noqa: E402
 
 CPU = torch.device("cpu")
 # a tenth of the paper's batch at a quarter of its pixels, so that each call takes milliseconds
@@ -34,6 +35,7 @@ SIZES = {
     "bn_act_matching": {"n": 10, "c": 64, "size": 28, "segments": 2, "residual": 1},
     "crop_flip_roll": {"n": 10, "size": 112, "out": 112, "segments": 2},
     "adam_clamp_": {"n": 10, "size": 112},
+    "max_pool": {"n": 10, "c": 64, "size": 56, "kernel": 3, "stride": 2},
 }
 # what a step on a CPU runs instead of a reference
 FAST: dict[str, Callable[..., Tensor]] = {
@@ -75,6 +77,25 @@ def test_operation(name: str, way: str, benchmark: Callable[..., object]) -> Non
     wanted = _work(problem, problem.call, "reference")
     _close([t.detach().clone() for t in work()], wanted(), 1e-5 if problem.dtype == torch.float32 else 2e-2)
     benchmark(work)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU is visible")
+@pytest.mark.parametrize("way", ["triton", "reference"])
+@pytest.mark.parametrize("name", REGISTRY)
+def test_kernel(name: str, way: str, benchmark: Callable[..., object]) -> None:
+    """At the first of the paper's sizes, with its launches; bench/kernels.py takes them out by CUDA graphs."""
+    torch.manual_seed(0)
+    problem = REGISTRY[name](torch.device("cuda"), **PAPER[name][0])
+    problem.check()
+    benchmark.group = f"{name} {PAPER[name][0]}"  # type: ignore[attr-defined]
+    work = _work(problem, problem.call, way)
+
+    def finished() -> None:
+        work()
+        torch.cuda.synchronize()
+
+    benchmark(finished)
 
 
 @pytest.mark.parametrize("way", ["cpu", "reference"])

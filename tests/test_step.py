@@ -119,6 +119,25 @@ def one_segment(
     )
 
 
+@pytest.mark.parametrize("method", ["sre2l++_fd2", "fadrm+"])
+def test_losses_compile_without_a_graph_break(method: str) -> None:
+    """Teacher, head, all loss terms and their means, forward and backward."""
+    config = tiny_config(method, classes=CLASSES, iterations=(4,), sizes=(32,), precision="fp32")
+    with one_segment(config, teachers_of(method, torch.float32)) as step:
+        task = step._schedule[0][0]
+        found = []
+        for function in (
+            step._teacher_losses,
+            torch.compile(step._teacher_losses, backend="aot_eager", fullgraph=True),
+        ):
+            view = step.images.clone().requires_grad_()
+            losses = function(task, view)
+            found.append((losses, torch.autograd.grad(losses[:, 0].sum(), view)[0]))
+    assert (found[0][0][:, -1] > 0).all() == config.fd2
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
+    assert (found[1][1] - found[0][1]).norm() < 1e-5 * found[0][1].norm()
+
+
 def test_state_goes_on_where_it_stopped() -> None:
     """Saved in the second phase and loaded into a new step: the same bytes."""
     config = tiny_config("fadrm+_fd2", classes=CLASSES, iterations=(5, 6), sizes=(24, 32), precision="fp32")
