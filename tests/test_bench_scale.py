@@ -129,9 +129,11 @@ def test_a_slower_machine_is_no_change_of_a_row():
         return [{"way": str(n), "ms": t, "ms 10%": 0.99 * t, "ms 90%": 1.01 * t} for n, t in enumerate(times)]
 
     old, new = rows(10, 20, 30, 40, 50), rows(12, 24, 36, 48, 30)
-    assert compare.drift(old, new) == pytest.approx(1.2)
+    assert compare.drift(old, new) == {None: pytest.approx(1.2)}
     assert [line["change"] for line in compare.compare(old, new)] == ["within noise"] * 4 + ["2.00 x faster"]
-    assert compare.drift(old[:3], new[:3]) == 1.0  # too few to tell
+    assert compare.drift(old[:3], new[:3]) == {}  # too few to tell
+    other = [{**row, "method": "m"} for row in rows(10, 10, 10, 10)]
+    assert compare.drift([*old, *other], [*new, *other])["m"] == 1.0  # measured at another time
     assert compare.compare(old[:1], new[:1])[0]["change"] == "1.20 x slower"
 
 
