@@ -23,6 +23,7 @@ Run = Callable[[int], None]
 # Passes of an iteration over each BN input: written by the convolution, read and written by BN, read by the next one, and
 # back: two reads and a write through BN, a read and a write through the convolution.
 PASSES = 9
+# Periods that a GPU does in one turn.
 BURST = 5
 
 
@@ -114,11 +115,10 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
 
 
 def peak_memory(make: Callable[[], Run], period: int, device: torch.device) -> tuple[float | None, float | None]:
-    """MB that the run holds at most over its first three periods, allocated and reserved, teachers not counted.
+    """MB that the run holds at most from its making on, allocated and reserved, teachers not counted.
 
-    Made and warmed up within: what a recorded graph works on is counted while it is recorded, a replay allocates nothing.
-
-    On a CPU what its tensors hold, from making it to the end of a period; nothing is reserved there.
+    On a GPU over three periods, warm-up and recording included: what a graph works on counts while it is recorded, a replay
+    allocates nothing. On a CPU what its tensors hold over one period; nothing is reserved there.
     """
     gc.collect()
 

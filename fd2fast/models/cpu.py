@@ -236,8 +236,8 @@ def depthwise_backward(grad: Tensor, taps: Tensor, window: Sequence[Sequence[int
     """The input's gradient [shape] of a convolution with one filter for each channel.
 
     taps: float32 [k_h k_w, C], contiguous; window: kernel, stride, padding, dilation. For strides above 1, where oneDNN has no
-    such kernel in bf16: measured on an EPYC with AVX-512, 10 maps of 96 channels, 112 x 112, stride 2, one thread: bf16 77 -> 3.6
-    ms, fp32 23 -> 18 ms; with stride 1 it is oneDNN's that is faster (144 channels, 56 x 56, bf16: 1.6 ms, this 3.4 ms).
+    such kernel in bf16: measured on an EPYC with AVX-512, 10 maps of 96 channels, 112 x 112, stride 2, one thread: 77 -> 3.6 ms;
+    with stride 1 oneDNN's is faster (144 channels, 56 x 56, bf16: 1.6 ms, this 3.4 ms).
     """
     assert _native is not None
     n, c, *size = shape
