@@ -20,7 +20,7 @@ int level() {
     static const int found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                                      __builtin_cpu_supports("avx512cd")
-                                 ? 4
+                                 ? (__builtin_cpu_supports("avx512bf16") ? 5 : 4)
                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                                      __builtin_cpu_supports("bmi2")
                                  ? 3
@@ -33,6 +33,7 @@ int level() {
 
 const Kernels& kernels(Type type) {
 #ifdef FD2FAST_X86_LEVELS
+    if (level() == 5) return v4_bf16::kernels(type);
     if (level() == 4) return v4::kernels(type);
     if (level() == 3) return v3::kernels(type);
 #endif
@@ -41,6 +42,7 @@ const Kernels& kernels(Type type) {
 
 const VectorKernels& vector_kernels() {
 #ifdef FD2FAST_X86_LEVELS
+    if (level() == 5) return v4_bf16::vector_kernels();
     if (level() == 4) return v4::vector_kernels();
     if (level() == 3) return v3::vector_kernels();
 #endif

@@ -4,6 +4,11 @@
 
 #include <cstring>
 
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define FD2FAST_MASKS
+#endif
+
 #define FD2FAST_INLINE inline __attribute__((always_inline))
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -57,9 +62,20 @@ FD2FAST_INLINE void store(float* p, F<W> v) {
     std::memcpy(p, &v, sizeof v);
 }
 
-// To the nearest, ties to even; NaN stays NaN.
+// To the nearest, ties to even; NaN stays NaN. The processor's own conversion, where it has one, takes values below 2^-126 for 0.
 template <int W>
 FD2FAST_INLINE void store(bfloat16* p, F<W> v) {
+#ifdef __AVX512BF16__
+    if constexpr (W == 16) {
+        const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+        std::memcpy(p, &h, sizeof h);
+        return;
+    } else if constexpr (W == 8) {
+        const __m128bh h = _mm256_cvtneps_pbh((__m256)v);
+        std::memcpy(p, &h, sizeof h);
+        return;
+    }
+#endif
     using U = typename Lanes<W>::U;
     const U u = (U)v;
     const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -120,6 +136,15 @@ FD2FAST_INLINE void put_bits(uint8_t* bytes, int bit, I<W> mask) {
         if (bit == 0) *bytes = 0;
         *bytes |= static_cast<uint8_t>((mask[0] & 1) << bit);
     } else {
+#ifdef FD2FAST_MASKS
+        if constexpr (W == 16) {
+            const uint16_t all = _mm512_movepi32_mask((__m512i)mask);
+            std::memcpy(bytes, &all, 2);
+        } else {
+            *bytes = _mm256_movepi32_mask((__m256i)mask);
+        }
+        return;
+#endif
         const auto ones = narrow<W>(mask & 1);
         uint64_t words[W / 8];
         std::memcpy(words, &ones, W);
@@ -134,6 +159,15 @@ FD2FAST_INLINE I<W> get_bits(const uint8_t* bytes, int bit) {
         mask[0] = -((*bytes >> bit) & 1);
         return mask;
     } else {
+#ifdef FD2FAST_MASKS
+        if constexpr (W == 16) {
+            uint16_t all;
+            std::memcpy(&all, bytes, 2);
+            return (I<16>)_mm512_movm_epi32(all);
+        } else {
+            return (I<8>)_mm256_movm_epi32(*bytes);
+        }
+#endif
         int32_t all = bytes[0];
         if constexpr (W == 16) all |= bytes[1] << 8;
         return (I<W>)(((I<W>{} + all) & lane_bits<W>()) != 0);

@@ -60,6 +60,10 @@ namespace v4 {
 const Kernels& kernels(Type type);
 const VectorKernels& vector_kernels();
 }
+namespace v4_bf16 {
+const Kernels& kernels(Type type);
+const VectorKernels& vector_kernels();
+}
 #endif
 
 }  // namespace fd2fast::frozen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -64,11 +64,15 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
     return tensor.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _map(x: Tensor, segments: Sequence[int], channels: int | None = None) -> Any:
-    assert _native is not None
+def _map(x: Tensor, segments: Sequence[int]) -> Any:
     area = x.shape[2] * x.shape[3]
-    wide = x.shape[1] if channels is None else channels
-    return _native.Map(x.dtype == torch.bfloat16, segments, area, wide, torch.get_num_threads())
+    return _described(x.dtype == torch.bfloat16, tuple(segments), area, x.shape[1], torch.get_num_threads())
+
+
+@lru_cache(maxsize=1024)
+def _described(bf16: bool, segments: tuple[int, ...], area: int, channels: int, threads: int) -> Any:
+    assert _native is not None
+    return _native.Map(bf16, segments, area, channels, threads)
 
 
 def _pointers(constants: Sequence[Tensor]) -> list[int]:

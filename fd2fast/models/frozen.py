@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fd2fast.models import cpu
+from fd2fast.models.packed import PackedConv, supports
 from fd2fast.ops import (
     _dispatch,
     bilinear_attention_pool,
@@ -425,11 +426,15 @@ class _Conv(torch.autograd.Function):
         groups: int,
         phases: Tensor | None,
         taps: Tensor | None,
+        packed: PackedConv | None,
     ) -> Tensor:
         ctx.by_phases, ctx.by_taps = phases is not None, taps is not None and cpu.takes(x)
         ctx.save_for_backward(phases if ctx.by_phases else taps if ctx.by_taps else weight)
         ctx.settings = stride, padding, dilation, groups
         ctx.shape, ctx.kernel = tuple(x.shape), tuple(weight.shape[2:])
+        ctx.packed = packed if packed is not None and cpu.takes(x) and supports(x.dtype) else None
+        if ctx.packed is not None:
+            return ctx.packed.forward(x, weight, bias)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
@@ -437,10 +442,12 @@ class _Conv(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.settings
         if ctx.by_phases:
-            return input_gradient_by_phases(grad, weight, stride, padding, ctx.shape), *(None,) * 8
+            return input_gradient_by_phases(grad, weight, stride, padding, ctx.shape), *(None,) * 9
         if ctx.by_taps:
             window = ctx.kernel, stride, padding, dilation
-            return cpu.depthwise_backward(grad, weight, window, ctx.shape), *(None,) * 8
+            return cpu.depthwise_backward(grad, weight, window, ctx.shape), *(None,) * 9
+        if ctx.packed is not None:
+            return ctx.packed.input_gradient(grad, weight, ctx.shape[2:]), *(None,) * 9
         # only the shape of the input is read
         shape_only = grad.new_empty(1).expand(ctx.shape)
         found = torch.ops.aten.convolution_backward(
@@ -456,7 +463,7 @@ class _Conv(torch.autograd.Function):
             groups,
             (True, False, False),
         )
-        return found[0], *(None,) * 8
+        return found[0], *(None,) * 9
 
 
 def phase_weight(weight: Tensor, stride: tuple[int, int]) -> Tensor:
@@ -524,6 +531,7 @@ class FrozenConv(nn.Module):
         by_taps = depthwise and max(self.stride) > 1 and self.weight[0].numel() <= 256
         taps = self.weight.float().flatten(1).t().contiguous() if by_taps else None
         self.register_buffer("taps", taps, persistent=False)
+        self._packed = PackedConv(self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, stride={self.stride}, padding={'same' if self.same else self.padding}"
@@ -533,9 +541,9 @@ class FrozenConv(nn.Module):
         if self.same:
             x = pad_same(x, self.weight.shape[-2:], self.stride, self.dilation, 0.0)
         # a gradient by phases pays off for float types other than float64, on every device measured so far
-        return _Conv.apply(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.phases, self.taps
-        )
+        settings = self.stride, self.padding, self.dilation, self.groups
+        packed = None if torch.compiler.is_compiling() else self._packed
+        return _Conv.apply(x, self.weight, self.bias, *settings, self.phases, self.taps, packed)
 
 
 def _channels_last(weight: Tensor) -> Tensor:

@@ -123,6 +123,21 @@ def test_nan_is_not_hidden(backend):
     assert loss.isnan().tolist() == [False, True]
 
 
+def test_bf16_is_rounded_to_the_nearest():
+    """Products of two bf16 are exact in fp32, so that only the rounding is left to differ: ties, both ways, inf, NaN."""
+    if cpu.WHY_NOT:
+        pytest.fail(f"{cpu.WHY_NOT}; install the package again")
+    x = torch.randn(2, 27, 8, 9).bfloat16().contiguous(memory_format=torch.channels_last)
+    x[0, ::5, 0, 0], x[0, ::4, 0, 1], x[1, :, 2, 2] = float("inf"), float("nan"), 1.0078125
+    slope = torch.randn(1, 27).bfloat16().float()
+    slope[0, ::3] = 1.5  # 1.0078125 times this lies between two bf16
+    y = cpu.affine(x, slope, torch.zeros(1, 27), (0, 2))
+    wanted = (x.float() * slope[0, :, None, None]).bfloat16()
+    assert wanted.isnan().any()
+    assert (wanted.float() != x.float() * slope[0, :, None, None]).any()
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_joined_maps_equal_a_concatenation(backend, dtype):
     maps = [torch.randn(5, c, 4, 3, dtype=dtype).to(memory_format=torch.channels_last) for c in (3, 24, 8, 1)]
