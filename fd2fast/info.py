@@ -15,6 +15,7 @@ from fd2fast.device import fast_bf16
 _EXTENSIONS = (
     ("_planner", "plans and iteration tables"),
     ("_crop", "crop_flip_roll on a CPU"),
+    ("_adam", "adam_clamp_ on a CPU"),
     ("_frozen", "the step's layers and distances on a CPU"),
 )
 _PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pillow", "safetensors", "nvidia-dali-cuda130")

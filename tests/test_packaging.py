@@ -45,7 +45,7 @@ def test_version_is_the_installed_one():
     assert fd2fast.__version__ == importlib.metadata.version("fd2fast")
 
 
-@pytest.mark.parametrize("name", ["_planner", "_frozen", "_crop"])
+@pytest.mark.parametrize("name", ["_planner", "_frozen", "_crop", "_adam"])
 def test_extensions_link_neither_torch_nor_cuda(name):
     extension = importlib.import_module(f"fd2fast.{name}")
     linked = subprocess.run(["ldd", extension.__file__], capture_output=True, text=True, check=True).stdout

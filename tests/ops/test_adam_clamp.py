@@ -5,6 +5,7 @@ import torch
 from numerics import check_output
 
 from fd2fast import ops
+from fd2fast.ops import adam_clamp
 
 LOW, HIGH = [-2.1, -2.0, -1.8], [2.2, 2.4, 2.6]
 LAST = torch.channels_last
@@ -148,3 +149,41 @@ def test_other_strides_are_refused_by_name(device):
         _run([image, m.to(memory_format=LAST), v], [torch.ones_like(image)], "triton")
     with pytest.raises(ValueError, match="image has strides"):
         _run([image[:, :, ::2], m[:, :, ::2], v[:, :, ::2]], [torch.ones_like(image[:, :, ::2])], "triton")
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 13, 17), (3, 3, 150, 151)])
+def test_on_the_host(shape):
+    """The C++ kernel: the reference's values, and each element's bits free of what lies beside it."""
+    if adam_clamp.WHY_NOT:
+        pytest.fail(f"{adam_clamp.WHY_NOT}; install the package again")
+    state = _problem(shape, torch.float32, torch.device("cpu"))
+    grads = [torch.randn(shape) for _ in range(4)]
+    whole, slow, exact, rows = ([t.clone() for t in state] for _ in range(4))
+    exact = [t.double() for t in exact]
+    _run(whole, grads, "auto")
+    _run(slow, grads, "reference")
+    _run(exact, [g.double() for g in grads], "reference")
+    for name, k, e, p in zip(("image", "exp_avg", "exp_avg_sq"), whole, exact, slow, strict=True):
+        check_output(k, e, p, torch.float32, name=name)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for n in range(shape[0]):  # alone, and not on the boundary of a vector
+            part = [torch.empty(t[n : n + 1].numel() + 1)[1:].view(1, *shape[1:]).copy_(t[n]) for t in rows]
+            _run(part, [g[n : n + 1].clone() for g in grads], "auto")
+            for k, alone in zip(whole, part, strict=True):
+                assert torch.equal(k[n : n + 1], alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_on_the_host_nan_stays_and_autograd_notices():
+    image, m, v = _problem((2, 3, 4, 5), torch.float32, torch.device("cpu"))
+    grad = torch.randn_like(image)
+    grad[1, 2, 3, 4] = float("nan")
+    weight = torch.ones_like(image).requires_grad_()
+    product = (image * weight).sum()
+    _run([image, m, v], [grad], "auto")
+    assert image.isnan().nonzero().tolist() == [[1, 2, 3, 4]]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
