@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fd2fast.errors import UserError
 from fd2fast.memory import is_out_of_memory, peak_bytes
+from fd2fast.models.frozen import FrozenConv
 
 Run = Callable[[int], None]
 
@@ -178,8 +179,10 @@ def use_threads(count: int) -> None:
 
 
 def weight_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of parameters and buffers."""
-    return sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
+    """Bytes of parameters and buffers, and of the packed forms that frozen convolutions keep on a CPU."""
+    modules = list(modules)
+    packed = sum(layer.packed_bytes for m in modules for layer in m.modules() if isinstance(layer, FrozenConv))
+    return packed + sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
 
 
 def convolution_flops(module: nn.Module, image: torch.Tensor) -> float:

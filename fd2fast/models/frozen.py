@@ -533,6 +533,11 @@ class FrozenConv(nn.Module):
         self.register_buffer("taps", taps, persistent=False)
         self._packed = PackedConv(self.stride, self.padding, self.dilation, self.groups)
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes held beside the buffers; 0 before the first use and where the weight is used as it is."""
+        return self._packed.nbytes
+
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, stride={self.stride}, padding={'same' if self.same else self.padding}"
 

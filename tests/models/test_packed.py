@@ -68,8 +68,8 @@ def test_equals_the_convolution_and_its_input_gradient(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_frozen_layer_uses_it_and_keeps_the_weight_only(dtype, monkeypatch):
-    if not cpu.takes(torch.zeros(1, 8, 2, 2).contiguous(memory_format=torch.channels_last)):
-        pytest.skip("the C++ kernels are not built")
+    if cpu.WHY_NOT:
+        pytest.fail(f"{cpu.WHY_NOT}; install the package again")
     layer = frozen.FrozenConv(torch.nn.Conv2d(16, 24, 3, padding=1, bias=False), dtype)
     x = make(CASES[0], dtype)[0].requires_grad_()
     kept = []
@@ -91,3 +91,13 @@ def test_a_frozen_layer_uses_it_and_keeps_the_weight_only(dtype, monkeypatch):
 def test_types_without_it():
     assert not packed.supports(torch.float64)
     assert not packed.supports(torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_bytes_are_counted(dtype):
+    layer = frozen.FrozenConv(torch.nn.Conv2d(16, 32, 3, padding=1, bias=False), dtype)
+    assert layer.packed_bytes == 0
+    y = layer(make(CASES[0], dtype)[0].requires_grad_())
+    assert layer.packed_bytes == layer.weight.nbytes
+    y.sum().backward()
+    assert layer.packed_bytes == 2 * layer.weight.nbytes
