@@ -5,7 +5,7 @@
 #include <cmath>
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FD2FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define FD2FAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FD2FAST_CLONES
 #endif

@@ -43,8 +43,18 @@ class PackedConv:
 
     def __init__(self, stride: Pair, padding: Pair, dilation: Pair, groups: int):
         self._settings = stride, padding, dilation, groups
+        # held, so that its address is not given away, and its version
+        self._source: tuple[Tensor, int] | None = None
         self._forward: Tensor | None = None
         self._backward: Tensor | None = None
+
+    def _know(self, weight: Tensor) -> None:
+        """Forget the packed forms of another weight, or of this one before a change."""
+        if self._source is not None:
+            known, version = self._source
+            if known.data_ptr() == weight.data_ptr() and known.dtype == weight.dtype and weight._version == version:
+                return
+        self._source, self._forward, self._backward = (weight, weight._version), None, None
 
     @property
     def nbytes(self) -> int:
@@ -55,10 +65,11 @@ class PackedConv:
         return PackedConv(*self._settings)  # oneDNN's tensors cannot be copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_settings": self._settings, "_forward": None, "_backward": None}
+        return {"_settings": self._settings, "_source": None, "_forward": None, "_backward": None}
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.conv2d of x [N, C_in, H, W], dense channels_last, in the weight's type."""
+        self._know(weight)
         stride, padding, dilation, groups = self._settings
         if self._forward is None:
             self._forward = torch.ops.mkldnn._reorder_convolution_weight(
@@ -70,6 +81,7 @@ class PackedConv:
 
     def input_gradient(self, grad: Tensor, weight: Tensor, size: Pair) -> Tensor:
         """[N, C_in, *size] from that of the result, [N, C_out, H', W'] in the weight's type."""
+        self._know(weight)
         stride, padding, dilation, groups = self._settings
         kernel, rest = weight.shape[2:], []
         for axis, side in enumerate(size):

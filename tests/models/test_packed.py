@@ -88,6 +88,24 @@ def test_a_frozen_layer_uses_it_and_keeps_the_weight_only(dtype, monkeypatch):
     assert_near(found, x.grad, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_changed_weight_is_packed_anew(dtype):
+    layer = frozen.FrozenConv(torch.nn.Conv2d(16, 24, 3, padding=1, bias=False), dtype)
+    x = make(CASES[0], dtype)[0].requires_grad_()
+
+    def run():
+        y = layer(x)
+        return y.detach(), torch.autograd.grad(y.sum(), x)[0]
+
+    before = run()
+    layer.weight.mul_(2)
+    for old, new in zip(before, run(), strict=True):
+        assert torch.equal(2 * old, new)
+    layer.weight = layer.weight / 2
+    for old, new in zip(before, run(), strict=True):
+        assert torch.equal(old, new)
+
+
 def test_types_without_it():
     assert not packed.supports(torch.float64)
     assert not packed.supports(torch.float16)
