@@ -140,6 +140,8 @@ class _LiveTensors(TorchDispatchMode):
         return found
 
     def _take(self, tensor: Tensor) -> None:
+        if tensor.is_mkldnn:  # packed weights: a teacher's own, made once, and no storage to look into
+            return
         storage = tensor.untyped_storage()
         if storage._cdata in self._known:
             return
