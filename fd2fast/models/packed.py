@@ -61,10 +61,8 @@ class PackedConv:
         """Bytes of the packed forms made so far, beside the weight itself."""
         return sum(t.numel() * t.element_size() for t in (self._forward, self._backward) if t is not None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedConv:
-        return PackedConv(*self._settings)  # oneDNN's tensors cannot be copied
-
     def __getstate__(self) -> dict[str, Any]:
+        # oneDNN's tensors can be neither copied nor pickled
         return {"_settings": self._settings, "_source": None, "_forward": None, "_backward": None}
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
