@@ -7,29 +7,15 @@
 #include <cstring>
 
 #include "frozen_kernels.hpp"
+#include "level.hpp"
 
 namespace fd2fast::frozen {
-namespace {
 
 using std::int64_t;
 using std::uint32_t;
 using std::uint8_t;
 
-int level() {
-#ifdef FD2FAST_X86_LEVELS
-    static const int found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                                     __builtin_cpu_supports("avx512cd")
-                                 ? (__builtin_cpu_supports("avx512bf16") ? 5 : 4)
-                             : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                     __builtin_cpu_supports("bmi2")
-                                 ? 3
-                                 : 1;
-    return found;
-#else
-    return 1;
-#endif
-}
+namespace {
 
 const Kernels& kernels(Type type) {
 #ifdef FD2FAST_X86_LEVELS

@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "frozen.hpp"
+#include "level.hpp"
+#include "winograd.hpp"
 
 namespace py = pybind11;
 using namespace fd2fast::frozen;
@@ -43,6 +45,7 @@ Window window(Pair kernel, Pair stride, Pair padding, Pair dilation, Pair in, Pa
 
 PYBIND11_MODULE(_frozen, m) {
     m.doc() = "CPU kernels of a frozen network's layers (csrc/frozen.hpp)";
+    m.def("level", &fd2fast::level);
     using Release = py::call_guard<py::gil_scoped_release>;
 
     py::class_<Map>(m, "Map")
@@ -134,6 +137,23 @@ PYBIND11_MODULE(_frozen, m) {
             depthwise_backward(half ? Type::bfloat16 : Type::float32, images, channels,
                                window(kernel, stride, padding, dilation, in, out), at<const void>(grad), floats(weight),
                                at<void>(grad_x), threads);
+        },
+        Release());
+    m.def("winograd_packed_floats", &fd2fast::winograd::packed_floats);
+    m.def(
+        "winograd_pack",
+        [](Address transformed, std::int64_t channels_in, std::int64_t channels_out, Address packed) {
+            fd2fast::winograd::pack(floats(transformed), channels_in, channels_out, at<float>(packed));
+        },
+        Release());
+    m.def(
+        "winograd_convolve",
+        [](bool half, std::int64_t images, std::int64_t channels_in, std::int64_t channels_out, Pair in, Pair out, Pair padding,
+           Address x, Address packed, Address bias, Address y, int threads) {
+            const fd2fast::winograd::Shape shape{images, channels_in, channels_out, in[0], in[1], out[0], out[1],
+                                                 {padding[0], padding[1]}};
+            fd2fast::winograd::convolve(half ? Type::bfloat16 : Type::float32, shape, at<const void>(x), floats(packed),
+                                        floats(bias), at<void>(y), threads);
         },
         Release());
 }

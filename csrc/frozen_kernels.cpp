@@ -1,88 +1,10 @@
-// The inner loops of frozen.cpp, in vectors of 16, 8 and 1 channels; compiled once for each instruction set.
-// Nothing from the standard library is instantiated here: the linker could hand such a copy to a machine without the set.
+// The inner loops of frozen.cpp, in vectors of 16 or 8 channels and single ones; compiled once for each instruction set.
 #include "frozen_kernels.hpp"
 
-#include <cstring>
-
-#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-#include <immintrin.h>
-#define FD2FAST_MASKS
-#endif
-
-#define FD2FAST_INLINE inline __attribute__((always_inline))
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are never passed between functions that are not inlined
-#endif
+#include "lanes.hpp"
 
 namespace fd2fast::frozen {
 namespace {
-
-using std::int64_t;
-using std::uint16_t;
-using std::uint32_t;
-using std::uint64_t;
-using std::uint8_t;
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-// W values of a type side by side.
-template <int W>
-struct Lanes {
-    typedef float F __attribute__((vector_size(W * 4)));
-    typedef uint32_t U __attribute__((vector_size(W * 4)));
-    typedef int32_t I __attribute__((vector_size(W * 4)));
-    typedef uint16_t H __attribute__((vector_size(W * 2)));
-    typedef uint8_t B __attribute__((vector_size(W)));
-};
-
-template <int W>
-using F = typename Lanes<W>::F;
-template <int W>
-using I = typename Lanes<W>::I;
-
-template <int W>
-FD2FAST_INLINE F<W> load(const float* p) {
-    F<W> v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-template <int W>
-FD2FAST_INLINE F<W> load(const bfloat16* p) {
-    typename Lanes<W>::H h;
-    std::memcpy(&h, p, sizeof h);
-    return (F<W>)(__builtin_convertvector(h, typename Lanes<W>::U) << 16);
-}
-
-template <int W>
-FD2FAST_INLINE void store(float* p, F<W> v) {
-    std::memcpy(p, &v, sizeof v);
-}
-
-// To the nearest, ties to even; NaN stays NaN. The processor's own conversion, where it has one, takes values below 2^-126 for 0.
-template <int W>
-FD2FAST_INLINE void store(bfloat16* p, F<W> v) {
-#ifdef __AVX512BF16__
-    if constexpr (W == 16) {
-        const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
-        std::memcpy(p, &h, sizeof h);
-        return;
-    } else if constexpr (W == 8) {
-        const __m128bh h = _mm256_cvtneps_pbh((__m256)v);
-        std::memcpy(p, &h, sizeof h);
-        return;
-    }
-#endif
-    using U = typename Lanes<W>::U;
-    const U u = (U)v;
-    const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const U kept = (v == v) ? rounded : ((u >> 16) | 0x40u);
-    const auto h = __builtin_convertvector(kept, typename Lanes<W>::H);
-    std::memcpy(p, &h, sizeof h);
-}
 
 // Bytes to and from 32 bits, by way of 16: in one step GCC 12 takes the lanes apart.
 template <int W>
@@ -174,12 +96,12 @@ FD2FAST_INLINE I<W> get_bits(const uint8_t* bytes, int bit) {
     }
 }
 
-// Calls body.run<W>(c) for all channels, 16, 8, then 1 at a time.
+// Calls body.run<W>(c) for all channels, as many at a time as fill a register, then 8, then 1.
 template <typename Body>
 FD2FAST_INLINE void for_channels(int64_t channels, const Body& body) {
     int64_t c = 0;
-    for (; c + 16 <= channels; c += 16) body.template run<16>(c);
-    if (c + 8 <= channels) {
+    for (; c + widest <= channels; c += widest) body.template run<widest>(c);
+    if (widest > 8 && c + 8 <= channels) {
         body.template run<8>(c);
         c += 8;
     }
@@ -601,9 +523,9 @@ void depthwise_row(const Window& w, int64_t channels, int64_t row, const void* s
     });
 }
 
-// One 64-dim piece of sum (z - c)^2 after the other, in four sums, so that additions do not wait for each other.
+// One piece of sum (z - c)^2 after the other, in four sums, so that additions do not wait for each other.
 void distances(int64_t rows, int64_t dims, const float* z, const float* c, float* out, int64_t step) {
-    constexpr int W = 16;
+    constexpr int W = widest;
     for (int64_t n = 0; n < rows; ++n) {
         const float* own = z + n * dims;
         F<W> sums[4] = {};
@@ -623,7 +545,7 @@ void distances(int64_t rows, int64_t dims, const float* z, const float* c, float
 
 void pull(int64_t rows, int64_t classes, int64_t dims, int64_t first, int64_t end, const float* z, const float* prototypes,
           const float* weights, float* out) {
-    constexpr int W = 16;
+    constexpr int W = widest;
     for (int64_t n = 0; n < rows; ++n) {
         const float *own = z + n * dims, *by = weights + n * classes;
         int64_t d = first;

@@ -45,6 +45,11 @@ def keep_memory() -> bool:
     return all(mallopt(option, value) == 1 for option, value in _KEEP)
 
 
+def available() -> bool:
+    """Whether the kernels are built."""
+    return _native is not None
+
+
 def takes(x: Tensor) -> bool:
     """Whether the kernels can work on maps such as x [N, C, H, W]: CPU, fp32 or bf16, dense channels_last, a plain tensor."""
     return (
@@ -260,6 +265,42 @@ def depthwise_backward(grad: Tensor, taps: Tensor, window: Sequence[Sequence[int
         torch.get_num_threads(),
     )
     return found
+
+
+def winograd_pack(transformed: Tensor) -> Tensor:
+    """The transformed weights of a 3 x 3 convolution, float32 [36, C_in, C_out], in the order that `winograd` reads."""
+    assert _native is not None
+    transformed = transformed.contiguous()
+    _, c_in, c_out = transformed.shape
+    packed = torch.empty(_native.winograd_packed_floats(c_in, c_out))
+    _native.winograd_pack(transformed.data_ptr(), c_in, c_out, packed.data_ptr())
+    return packed
+
+
+def winograd(x: Tensor, packed: Tensor, bias: Tensor | None, channels: int, padding: tuple[int, int]) -> Tensor:
+    """The 3 x 3 convolution with stride 1 of x [N, C_in, H, W], as `takes` wants it -> [N, channels, H', W'] in its type.
+
+    packed: of `winograd_pack`; bias: float32 [channels], contiguous.
+    """
+    assert _native is not None
+    n, c, h, w = x.shape
+    out = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
+    y = torch.empty(n, channels, *out, dtype=x.dtype, memory_format=torch.channels_last)
+    _native.winograd_convolve(
+        x.dtype == torch.bfloat16,
+        n,
+        c,
+        channels,
+        (h, w),
+        out,
+        padding,
+        x.data_ptr(),
+        packed.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def takes_vectors(*tensors: Tensor) -> bool:

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fd2fast.models import cpu
-from fd2fast.models.packed import PackedConv, supports
+from fd2fast.models.convolution import (
+    Choices,
+    Convolution,
+    input_gradient_by_phases,
+    phase_weight,
+    plain_input_gradient,
+)
 from fd2fast.ops import (
     _dispatch,
     bilinear_attention_pool,
@@ -426,74 +432,24 @@ class _Conv(torch.autograd.Function):
         groups: int,
         phases: Tensor | None,
         taps: Tensor | None,
-        packed: PackedConv | None,
+        on_cpu: Convolution | None,
     ) -> Tensor:
-        ctx.by_phases, ctx.by_taps = phases is not None, taps is not None and cpu.takes(x)
-        ctx.save_for_backward(phases if ctx.by_phases else taps if ctx.by_taps else weight)
-        ctx.settings = stride, padding, dilation, groups
-        ctx.shape, ctx.kernel = tuple(x.shape), tuple(weight.shape[2:])
-        ctx.packed = packed if packed is not None and cpu.takes(x) and supports(x.dtype) else None
-        if ctx.packed is not None:
-            return ctx.packed.forward(x, weight, bias)
+        ctx.save_for_backward(weight, phases, taps)
+        ctx.settings, ctx.shape = (stride, padding, dilation, groups), tuple(x.shape)
+        ctx.on_cpu = on_cpu if on_cpu is not None and cpu.takes(x) else None
+        if ctx.on_cpu is not None:
+            return ctx.on_cpu.forward(x, weight, bias)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.settings
-        if ctx.by_phases:
-            return input_gradient_by_phases(grad, weight, stride, padding, ctx.shape), *(None,) * 9
-        if ctx.by_taps:
-            window = ctx.kernel, stride, padding, dilation
-            return cpu.depthwise_backward(grad, weight, window, ctx.shape), *(None,) * 9
-        if ctx.packed is not None:
-            return ctx.packed.input_gradient(grad, weight, ctx.shape[2:]), *(None,) * 9
-        # only the shape of the input is read
-        shape_only = grad.new_empty(1).expand(ctx.shape)
-        found = torch.ops.aten.convolution_backward(
-            grad,
-            shape_only,
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            (0, 0),
-            groups,
-            (True, False, False),
-        )
-        return found[0], *(None,) * 9
-
-
-def phase_weight(weight: Tensor, stride: tuple[int, int]) -> Tensor:
-    """The weight [C_in s_h s_w, C_out, t_h, t_w] of `input_gradient_by_phases` from [C_out, C_in, k_h, k_w]."""
-    c_out, c_in, *kernel = weight.shape
-    (s_h, s_w), (k_h, k_w) = stride, kernel
-    t_h, t_w = -(-k_h // s_h), -(-k_w // s_w)
-    parts = F.pad(weight, (0, t_w * s_w - k_w, 0, t_h * s_h - k_h)).view(c_out, c_in, t_h, s_h, t_w, s_w)
-    flat = parts.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(c_in * s_h * s_w, c_out, t_h, t_w)
-    return flat.contiguous(memory_format=torch.channels_last)
-
-
-def input_gradient_by_phases(
-    grad: Tensor, phases: Tensor, stride: tuple[int, int], padding: tuple[int, int], shape: Sequence[int]
-) -> Tensor:
-    """Input gradient of a strided convolution as one forward convolution and a pixel shuffle.
-
-    Input pixel u = s q + r - p receives sum_t grad[q - t] w[r + s t]: for each phase r an ordinary convolution of grad. For
-    few input channels this keeps the multiplier full: measured on an EPYC with AVX-512, ResNet's first layer, 10 images of
-    224 x 224, one thread: bf16 59 -> 23 ms, fp32 114 -> 43 ms (float64 is slower this way: 115 -> 814 ms). Padding the 3 input
-    channels to 4, 8 or 16 instead leaves the gradient at 59 to 60 ms and makes the forward pass slower (14, 14, 28, 54 ms).
-    """
-    t_h, t_w = phases.shape[-2:]
-    found = F.pixel_shuffle(F.conv2d(grad, phases, None, 1, (t_h - 1, t_w - 1)), stride[0])
-    (p_h, p_w), (h, w) = padding, shape[-2:]
-    # rows beyond the last window have no gradient
-    short = max(p_h + h - found.shape[2], 0), max(p_w + w - found.shape[3], 0)
-    if any(short):
-        found = F.pad(found, (0, short[1], 0, short[0]))
-    return found[:, :, p_h : p_h + h, p_w : p_w + w]
+        weight, phases, taps = ctx.saved_tensors
+        if ctx.on_cpu is not None:
+            return ctx.on_cpu.input_gradient(grad, weight, ctx.shape, phases, taps), *(None,) * 9
+        if phases is not None:
+            stride, padding, *_ = ctx.settings
+            return input_gradient_by_phases(grad, phases, stride, padding, ctx.shape), *(None,) * 9
+        return plain_input_gradient(grad, weight, ctx.shape, *ctx.settings), *(None,) * 9
 
 
 class FrozenConv(nn.Module):
@@ -531,12 +487,20 @@ class FrozenConv(nn.Module):
         by_taps = depthwise and max(self.stride) > 1 and self.weight[0].numel() <= 256
         taps = self.weight.float().flatten(1).t().contiguous() if by_taps else None
         self.register_buffer("taps", taps, persistent=False)
-        self._packed = PackedConv(self.stride, self.padding, self.dilation, self.groups)
+        self._on_cpu = Convolution(self.stride, self.padding, self.dilation, self.groups)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes held beside the buffers; 0 before the first use and where the weight is used as it is."""
-        return self._packed.nbytes
+        return self._on_cpu.nbytes
+
+    def forget_packed(self) -> None:
+        """Let go of them; those that are needed are made again."""
+        self._on_cpu.forget()
+
+    def choose_by(self, choices: Choices) -> None:
+        """Take the algorithms on a CPU from these choices, which several layers may share."""
+        self._on_cpu.choices = choices
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, stride={self.stride}, padding={'same' if self.same else self.padding}"
@@ -547,8 +511,8 @@ class FrozenConv(nn.Module):
             x = pad_same(x, self.weight.shape[-2:], self.stride, self.dilation, 0.0)
         # a gradient by phases pays off for float types other than float64, on every device measured so far
         settings = self.stride, self.padding, self.dilation, self.groups
-        packed = None if torch.compiler.is_compiling() else self._packed
-        return _Conv.apply(x, self.weight, self.bias, *settings, self.phases, self.taps, packed)
+        on_cpu = None if torch.compiler.is_compiling() else self._on_cpu
+        return _Conv.apply(x, self.weight, self.bias, *settings, self.phases, self.taps, on_cpu)
 
 
 def _channels_last(weight: Tensor) -> Tensor:

@@ -1,19 +1,23 @@
-"""A frozen convolution by oneDNN with its weight packed once, forward and input gradient; no autograd.
+"""A frozen convolution by oneDNN with its weight packed once for each shape, forward and input gradient; no autograd.
 
 Ordinary calls put the weight in oneDNN's order each time, and torch's input gradient makes the input that it never reads
 contiguous first; 1 x 1 convolutions with a stride have a slow kernel of their own there. The transposed convolution with a
 packed weight does none of that and gives the same bits. Measured on an EPYC with AVX-512, 10 images, bf16, two threads, input
 gradient: 512 -> 512, 3 x 3 on 7 x 7 pixels 6.0 -> 4.8 ms; 64 -> 128, 1 x 1 with stride 2 on 56 x 56 2.9 -> 0.5 ms; depthwise
 144, 3 x 3 on 56 x 56 6.0 -> 1.3 ms; 256 -> 64, 1 x 1 on 56 x 56 7.2 -> 2.5 ms.
+
+The order is oneDNN's choice for one shape of input. With a weight in another shape's order it reorders at each call or falls
+to a slow kernel (measured with AVX2, fp32, 512 -> 512, 3 x 3 on 7 x 7 pixels: 26 -> 240 ms), so a form serves its shape only.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from fd2fast.models.held import Held
 
 Pair = tuple[int, int]
 
@@ -23,6 +27,8 @@ _OPERATIONS = (
     "_reorder_convolution_weight",
     "_reorder_convolution_transpose_weight",
 )
+# Shapes whose forms are held for one direction: the sizes of a method's phases, the last step of fewer images.
+_MOST_SHAPES = 8
 
 
 @cache
@@ -35,61 +41,67 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 class PackedConv:
-    """Packed forms of one weight [C_out, C_in / groups, k_h, k_w], made at first use for the shape seen then.
+    """Packed forms of one weight [C_out, C_in / groups, k_h, k_w], each made at first use for one shape and used with it only.
 
-    Forward and gradient want different orders: a frozen network holds its weights three times (ResNet-18 in bf16: 67 MB).
-    Another input shape gives the same values; where oneDNN prefers another order for it, at the cost of an ordinary call.
+    Forward and gradient want different orders: a frozen network holds its weights three times (ResNet-18 in bf16: 67 MB), and
+    twice more for each further shape whose order differs.
     """
 
     def __init__(self, stride: Pair, padding: Pair, dilation: Pair, groups: int):
         self._settings = stride, padding, dilation, groups
-        # held, so that its address is not given away, and its version
-        self._source: tuple[Tensor, int] | None = None
-        self._forward: Tensor | None = None
-        self._backward: Tensor | None = None
-
-    def _know(self, weight: Tensor) -> None:
-        """Forget the packed forms of another weight, or of this one before a change."""
-        if self._source is not None:
-            known, version = self._source
-            if known.data_ptr() == weight.data_ptr() and known.dtype == weight.dtype and weight._version == version:
-                return
-        self._source, self._forward, self._backward = (weight, weight._version), None, None
+        self._forward, self._gradient = Held(_MOST_SHAPES), Held(_MOST_SHAPES)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed forms made so far, beside the weight itself."""
-        return sum(t.numel() * t.element_size() for t in (self._forward, self._backward) if t is not None)
+        forms = {id(form): form for held in (self._forward, self._gradient) for form in held.values()}
+        return sum(form.numel() * form.element_size() for form in forms.values())
 
-    def __getstate__(self) -> dict[str, Any]:
-        # oneDNN's tensors can be neither copied nor pickled
-        return {"_settings": self._settings, "_source": None, "_forward": None, "_backward": None}
+    def forget(self) -> None:
+        """Let go of the packed forms; they are made again when they are needed."""
+        self._forward.clear()
+        self._gradient.clear()
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.conv2d of x [N, C_in, H, W], dense channels_last, in the weight's type."""
-        self._know(weight)
         stride, padding, dilation, groups = self._settings
-        if self._forward is None:
-            self._forward = torch.ops.mkldnn._reorder_convolution_weight(
-                weight, padding, stride, dilation, groups, list(x.shape)
-            )
+        shape = list(x.shape)
+
+        def make() -> Tensor:
+            form = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, shape)
+            return _shared(form, self._forward)
+
+        packed = self._forward.get(weight, tuple(shape), make)
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self._forward, bias, padding, stride, dilation, groups, "none", [], ""
+            x, packed, bias, padding, stride, dilation, groups, "none", [], ""
         )
 
     def input_gradient(self, grad: Tensor, weight: Tensor, size: Pair) -> Tensor:
         """[N, C_in, *size] from that of the result, [N, C_out, H', W'] in the weight's type."""
-        self._know(weight)
         stride, padding, dilation, groups = self._settings
         kernel, rest = weight.shape[2:], []
         for axis, side in enumerate(size):
             window = dilation[axis] * (kernel[axis] - 1) + 1
             rest.append(side + 2 * padding[axis] - window - (grad.shape[2 + axis] - 1) * stride[axis])
         grad = grad.contiguous(memory_format=torch.channels_last)
-        if self._backward is None:
-            self._backward = torch.ops.mkldnn._reorder_convolution_transpose_weight(
-                weight, padding, rest, stride, dilation, groups, list(grad.shape)
+        shape = list(grad.shape)
+
+        def make() -> Tensor:
+            form = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+                weight, padding, rest, stride, dilation, groups, shape
             )
+            return _shared(form, self._gradient)
+
+        packed = self._gradient.get(weight, (*shape, *rest), make)
         return torch.ops.mkldnn._convolution_transpose_pointwise(
-            grad, self._backward, None, padding, rest, stride, dilation, groups, "none", [], ""
+            grad, packed, None, padding, rest, stride, dilation, groups, "none", [], ""
         )
+
+
+def _shared(form: Tensor, held: Held) -> Tensor:
+    """A form already held in the very same order, or this one: most shapes agree in it."""
+    describe = getattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md", None)
+    if describe is None:
+        return form
+    order = describe(form)
+    return next((other for other in held.values() if torch.equal(describe(other), order)), form)

@@ -6,8 +6,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from distill_tools import tiny_teacher
 
 from fd2fast.models import cpu, frozen, packed
+from fd2fast.models.fused import fuse
 
 DTYPES = [d for d in (torch.float32, torch.bfloat16) if packed.supports(d)]
 # channels in, out, kernel, stride, padding, dilation, groups, side
@@ -67,30 +69,86 @@ def test_equals_the_convolution_and_its_input_gradient(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_frozen_layer_uses_it_and_keeps_the_weight_only(dtype, monkeypatch):
+def test_a_copy_packs_for_itself(dtype):
+    x, weight, bias, settings = make(CASES[0], dtype)
+    conv = packed.PackedConv(*settings)
+    y = conv.forward(x, weight, bias)
+    for clone in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):  # our own bytes
+        assert clone.nbytes == 0
+        assert torch.equal(clone.forward(x, weight, bias), y)
+
+
+class Recorder:
+    """torch.ops.mkldnn that remembers for which shape each weight was packed, and refuses another."""
+
+    def __init__(self, real):
+        self._real, self.shapes, self.used = real, {}, 0
+
+    def __getattr__(self, name):
+        real = getattr(self._real, name)
+        if name.startswith("_reorder_convolution"):
+
+            def reorder(weight, *settings):
+                found = real(weight, *settings)
+                self.shapes[id(found)] = (found, tuple(settings[-1]))
+                return found
+
+            return reorder
+        if name.startswith("_convolution"):
+
+            def convolve(x, weight, *settings):
+                assert self.shapes[id(weight)][1] == tuple(x.shape), "a weight packed for another shape"
+                self.used += 1
+                return real(x, weight, *settings)
+
+            return convolve
+        return real
+
+
+def test_a_packed_weight_serves_only_the_shape_it_was_packed_for(monkeypatch):
+    """Whole teachers, checked by `fuse` at its own size, then at those of steps, phases and a last smaller step."""
     if cpu.WHY_NOT:
         pytest.fail(f"{cpu.WHY_NOT}; install the package again")
-    layer = frozen.FrozenConv(torch.nn.Conv2d(16, 24, 3, padding=1, bias=False), dtype)
-    x = make(CASES[0], dtype)[0].requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = layer(x)
-    y.backward(torch.ones_like(y))
-    assert [t.data_ptr() for t in kept] == [layer.weight.data_ptr()]
-    found = x.grad.clone()
-    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # our own bytes
-        assert torch.equal(clone(x.detach()), y)
-    x.grad = None
-    monkeypatch.setattr(frozen, "supports", lambda dtype: False)
-    plain = layer(x)
-    plain.backward(torch.ones_like(y))
-    assert_near(y.detach(), plain.detach().double(), dtype)
-    assert_near(found, x.grad, dtype)
+    recorder = Recorder(torch.ops.mkldnn)
+    monkeypatch.setattr(packed.torch.ops, "mkldnn", recorder)
+    # sharing equal orders among shapes is the one exception, tested below
+    monkeypatch.setattr(packed, "_shared", lambda form, held: form)
+    teacher = fuse(tiny_teacher("MobileNetV2", size=64, dtype=torch.float32), torch.float32)
+    for rows, side in ((4, 64), (3, 64), (4, 48), (4, 64), (10, 32)):
+        x = torch.randn(rows, 3, side, side, requires_grad=True)
+        out, bn = teacher(x, (0, rows))
+        (out.logits.sum() + bn.sum()).backward()
+    assert recorder.used > 5 * 2 * 50
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_share_a_form_only_where_its_order_is_the_very_same(dtype):
+    describe = getattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md", None)
+    if describe is None:
+        pytest.skip("this torch does not describe packed weights")
+    weight, settings = make((512, 512, (3, 3), (1, 1), (1, 1), (1, 1), 1, (1, 1)), dtype)[1], ((1, 1),) * 3
+    conv = packed.PackedConv(*settings, 1)
+    for rows, side in ((10, 7), (2, 2), (10, 4), (64, 7)):
+        x = torch.randn(rows, 512, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
+        conv.forward(x, weight, None)
+        own = torch.ops.mkldnn._reorder_convolution_weight(weight, *settings, 1, list(x.shape))
+        used = list(conv._forward.values())[-1]
+        assert torch.equal(describe(used), describe(own))
+    assert weight.nbytes <= conv.nbytes <= 4 * weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_oldest_shapes_are_forgotten(dtype):
+    x, weight, bias, settings = make(CASES[0], dtype)
+    conv = packed.PackedConv(*settings)
+    for side in range(4, 4 + 2 * packed._MOST_SHAPES):
+        conv.forward(torch.randn(1, 16, side, side).to(dtype).to(memory_format=torch.channels_last), weight, bias)
+    assert len(list(conv._forward.values())) == packed._MOST_SHAPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_changed_weight_is_packed_anew(dtype):
-    layer = frozen.FrozenConv(torch.nn.Conv2d(16, 24, 3, padding=1, bias=False), dtype)
+    layer = frozen.FrozenConv(torch.nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False), dtype)
     x = make(CASES[0], dtype)[0].requires_grad_()
 
     def run():
@@ -113,7 +171,7 @@ def test_types_without_it():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_bytes_are_counted(dtype):
-    layer = frozen.FrozenConv(torch.nn.Conv2d(16, 32, 3, padding=1, bias=False), dtype)
+    layer = frozen.FrozenConv(torch.nn.Conv2d(16, 32, 1, bias=False), dtype)
     assert layer.packed_bytes == 0
     y = layer(make(CASES[0], dtype)[0].requires_grad_())
     assert layer.packed_bytes == layer.weight.nbytes
