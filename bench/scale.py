@@ -33,15 +33,13 @@ import timing
 import torch
 import tyro
 from cases import check_method, make_case, make_teacher
-from ways import Engine
+from ways import Engine, fused_of
 
 from fd2fast.device import pick_device
 from fd2fast.errors import UserError
 from fd2fast.memory import is_out_of_memory
 from fd2fast.methods import METHODS
-from fd2fast.models.fused import fuse
 from fd2fast.planner import Plan, make_plan
-from fd2fast.step import map_dtype
 
 PARTS = ("step", "group", "classes", "plan", "processes")
 PAPER_SECONDS = {2: 1708.3, 3: 1709.0, 4: 1713.1, 5: 1739.4}  # App. Table 5, for an image id of all 200 classes
@@ -167,7 +165,7 @@ def measured(
                 device=device,
             )
             precision = case.config.precision
-            fused = [fuse(by_classes[classes], map_dtype(precision, torch.float32))]
+            fused = fused_of([by_classes[classes]], precision, case.rows)
             runs[point] = Engine(case, fused, precision=precision, segments=segments)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -34,14 +34,13 @@ import torch
 import tyro
 from cases import PAPER_METHODS, POOL, Case, check_method, make_case, make_teacher, teachers_of
 from gate import LIMITS, DisagreementError, Reference, check, settle_reference_arithmetic
-from ways import AUTOCAST, Engine, Losses, Plain, Rival
+from ways import AUTOCAST, Engine, Losses, Plain, Rival, fused_of
 
 from fd2fast.device import pick_device
 from fd2fast.errors import UserError
 from fd2fast.memory import is_out_of_memory
-from fd2fast.models.fused import FusedTeacher, fuse
+from fd2fast.models.fused import FusedTeacher
 from fd2fast.models.teacher import Teacher
-from fd2fast.step import map_dtype
 
 COLUMNS = ("method", "way", "segments", "images", "size", "precision", "ms", "ms 10%", "ms 90%", "images/s", "peak MB")
 COLUMNS += ("limit ms", "of limit", "x plain", "x rival")
@@ -115,11 +114,6 @@ def case_of(method: str, options: Options, teachers: dict[str, Teacher], device:
     return make_case(method, chosen, rows=rows, priors=options.priors, precision=precision, device=device)
 
 
-def fused_of(case: Case) -> list[FusedTeacher]:
-    """The case's teachers in its precision."""
-    return [fuse(t, map_dtype(case.config.precision, torch.float32)) for t in case.teachers]
-
-
 def limit_ms(case: Case, device: torch.device) -> float:
     """Milliseconds of the convolutions alone at the best product's rate, mean over the teachers."""
     rate = timing.product_rate(AUTOCAST.get(case.config.precision, torch.float32), device)
@@ -130,7 +124,7 @@ def limit_ms(case: Case, device: torch.device) -> float:
 def checked(case: Case, fused: list[FusedTeacher]) -> dict[str, float]:
     """DisagreementError unless rival and engine compute what the plain loop computes; the errors for the record."""
     precision, reference, found = case.config.precision, Reference(case), {}
-    exact = [fuse(t, torch.float32) for t in case.teachers]
+    exact = fused_of(case.teachers, "fp32", case.rows)
 
     used = ["fp32", precision] if precision in AUTOCAST else ["fp32"]
     for arithmetic in used:
@@ -157,7 +151,8 @@ def measure(method: str, options: Options, teachers: dict[str, Teacher], device:
     """Check, then one row for each implementation. Raises DisagreementError where the check fails."""
     torch._dynamo.reset()  # compiled code of other methods counts against its limit
     case = case_of(method, options, teachers, device, options.rows)
-    precision, period, fused = case.config.precision, len(case.teachers), fused_of(case)
+    precision, period = case.config.precision, len(case.teachers)
+    fused = fused_of(case.teachers, precision, case.rows)
     errors = checked(case, fused)
     losses = Losses(case, precision=precision, compile=options.compile)
     makers: dict[str, Callable[[], timing.Run]] = {
@@ -206,7 +201,8 @@ def sweep(method: str, options: Options, teachers: dict[str, Teacher], device: t
     found = []
     for rows in (options.rows,) if options.quick else (10, 100):
         case = case_of(method, options, teachers, device, rows)
-        precision, period, fused = case.config.precision, len(case.teachers), fused_of(case)
+        precision, period = case.config.precision, len(case.teachers)
+        fused = fused_of(case.teachers, precision, case.rows)
         limit = limit_ms(case, device)
         for segments in (1, 2) if options.quick else (1, 2, 4, 8, 16, 32):
             try:

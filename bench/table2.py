@@ -45,14 +45,13 @@ import torch
 import tyro
 from cases import PAPER_METHODS, POOL, Case, check_method, make_case, make_teacher, teachers_of
 from gate import LIMITS, DisagreementError, Errors, Reference, check, settle_reference_arithmetic
-from ways import AUTOCAST, Engine, Losses, Plain, Rival
+from ways import AUTOCAST, Engine, Losses, Plain, Rival, fused_of
 
 from fd2fast.device import pick_device
 from fd2fast.errors import UserError
 from fd2fast.memory import is_out_of_memory
-from fd2fast.models.fused import FusedTeacher, fuse
+from fd2fast.models.fused import FusedTeacher
 from fd2fast.models.teacher import Teacher, load_teacher
-from fd2fast.step import map_dtype
 
 PAPER = {"sre2l++": (64.6, 4.8), "sre2l++_fd2": (96.8, 5.3), "fadrm+": (88.9, 12.2), "fadrm+_fd2": (134.8, 14.1)}
 RIVALS = ("plain", "vectorised", "bf16", "compiled", "graph")
@@ -184,9 +183,9 @@ def measure(
     )
     precision, gpu, period = case.config.precision, device.type == "cuda", len(chosen)
     torch._dynamo.reset()  # compiled code of other methods counts against its limit
-    fused = [fuse(t, map_dtype(precision, torch.float32)) for t in case.teachers]
+    fused = fused_of(case.teachers, precision, case.rows)
     segments = options.classes // options.rows
-    make = makers(case, fused, [fuse(t, torch.float32) for t in case.teachers], segments)
+    make = makers(case, fused, fused_of(case.teachers, "fp32", case.rows), segments)
     arithmetic = {"plain": "fp32", "vectorised": "fp32"}
 
     rows: dict[str, dict[str, Any]] = {}

@@ -12,9 +12,11 @@ from cases import Case
 from torch import Tensor, nn
 
 from fd2fast.device import repeatable
-from fd2fast.models.fused import FusedTeacher
+from fd2fast.models.fused import FusedTeacher, fuse
+from fd2fast.models.teacher import Teacher
+from fd2fast.models.tune import tune
 from fd2fast.reference.loop import crop_flip_roll, segment_loss
-from fd2fast.step import TERMS, GroupedStep, Priors
+from fd2fast.step import TERMS, GroupedStep, Priors, map_dtype
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -207,6 +209,13 @@ class Rival:
     def gradient(self) -> Tensor:
         assert self.images.grad is not None
         return self.images.grad
+
+
+def fused_of(teachers: Sequence[Teacher], precision: str, rows: int) -> list[FusedTeacher]:
+    """The teachers as the distill stage has them: fused, their convolutions' algorithms measured on this machine."""
+    found = [fuse(teacher, map_dtype(precision, torch.float32)) for teacher in teachers]
+    tune(found, rows, (teachers[0].size,))
+    return found
 
 
 class Engine:

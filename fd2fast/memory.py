@@ -53,9 +53,8 @@ def measure(config: DistillConfig, teachers: Sequence[FusedTeacher], device: tor
     single = replace(config, iterations=(turns,), sizes=(side,))
     shapes = [_map_shape(teacher, side, device) for teacher in teachers]
     try:
-        if device.type == "cuda":
-            # libraries take their workspaces at first use and keep them: not what a row needs
-            _iterate(single, teachers, shapes, _ROWS[0], device)
+        # what libraries and convolutions make at first use, and keep, is not what a row needs
+        _iterate(single, teachers, shapes, _ROWS[0], device)
         peaks = [
             peak_bytes(device, functools.partial(_iterate, single, teachers, shapes, rows, device)) for rows in _ROWS
         ]

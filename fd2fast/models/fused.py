@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fd2fast import ops
 from fd2fast.device import repeatable
 from fd2fast.models.attention_head import POOL_EPS, SCALE
+from fd2fast.models.convolution import Choices
 from fd2fast.models.frozen import FrozenBatchNorm, FrozenConv, Segments, accumulation, attention_pool
 from fd2fast.models.rewrite import Rewritten, by_modules, rewrite
 from fd2fast.models.teacher import Teacher, TeacherOutput
@@ -52,6 +53,19 @@ class FusedTeacher(nn.Module):
     def bn_layers(self) -> list[tuple[str, nn.BatchNorm2d]]:
         """The teacher's own BN layers: the backbone's in registration order, then ("cal", the head's)."""
         return list(self._bn_layers)
+
+    def choose_by(self, choices: Choices) -> None:
+        """Take the convolutions' algorithms on a CPU from these choices."""
+        for layer in self._convolutions():
+            layer.choose_by(choices)
+
+    def forget_packed(self) -> None:
+        """Let go of the weights' forms that convolutions made; those that are needed are made again."""
+        for layer in self._convolutions():
+            layer.forget_packed()
+
+    def _convolutions(self) -> list[FrozenConv]:
+        return [layer for layer in self.modules() if isinstance(layer, FrozenConv)]
 
     def forward(
         self, x: Tensor, segments: Segments, *, first_bn_multiplier: float = 10.0, cal_bn: bool = True
@@ -113,7 +127,9 @@ def fuse(teacher: Teacher, dtype: torch.dtype | None = None) -> FusedTeacher:
         error = _disagreement(teacher, by_modules(teacher.backbone, own.dtype, reason), probe)
         if not error <= _tolerance(own.dtype):
             raise RuntimeError(f"teacher {teacher.name} cannot be fused: relative error {error:.1e}")
-    return FusedTeacher(teacher, body, dtype)
+    fused = FusedTeacher(teacher, body, dtype)
+    fused.forget_packed()  # made for the probe
+    return fused
 
 
 def _probe(teacher: Teacher, own: Tensor) -> Tensor:

@@ -25,8 +25,10 @@ from fd2fast.errors import UserError
 from fd2fast.inputs import Draws, Inputs, image_name
 from fd2fast.memory import StepMemory, free_bytes, measure, too_small
 from fd2fast.methods import BASELINES, check_teachers, resolve
+from fd2fast.models.convolution import Choices
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import load_teacher
+from fd2fast.models.tune import tune
 from fd2fast.planner import Plan, make_plan
 from fd2fast.step import TERMS, map_dtype
 from fd2fast.workers import Workers, current, local_count
@@ -137,12 +139,15 @@ def _optimise(
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     loaded = [load_teacher(t, device, dtype) for t in teachers]
 
+    choices = Choices()
+
     @functools.cache
     def fused() -> list[FusedTeacher]:
         made = [fuse(teacher, map_dtype(config.precision, dtype)) for teacher in loaded]
         for teacher in made:
             if teacher.fallbacks:
                 logger.info("teacher %s: with ordinary autograd: %s", teacher.name, ", ".join(teacher.fallbacks))
+            teacher.choose_by(choices)
         return made
 
     with repeatable(allow_tf32=config.precision == "tf32"):
@@ -154,13 +159,14 @@ def _optimise(
             lambda: measure(config, fused(), device),
             workers,
         )
+        choices.chosen.update(_convolutions(config, plan, stage.state / "convolutions.json", fused, workers))
         inputs = Inputs(
             config, plan, dataset, patches, loaded, stage.path, device, draws=draws, prior_draws=prior_draws
         )
         engine = Engine(config, stage, inputs, fused, memory, workers)
         iterations = engine.run()
         if workers.rank == 0:
-            _write_overviews(engine, stage.path)
+            _write_overviews(engine, stage.path, choices.chosen)
     return iterations
 
 
@@ -293,8 +299,30 @@ def _plan(
     return workers.first(settle)
 
 
-def _write_overviews(engine: Engine, path: Path) -> None:
-    """plan.json with the steps as they were run, the losses with their picture, and the picture of the images."""
+def _convolutions(
+    config: DistillConfig,
+    plan: Plan,
+    recorded: Path,
+    fused: Callable[[], Sequence[FusedTeacher]],
+    workers: Workers,
+) -> dict[str, str]:
+    """The algorithm of each kind of convolution: those that this artifact was begun with, or the fastest here."""
+
+    def settle() -> dict[str, str]:
+        if recorded.is_file():
+            known = json.loads(recorded.read_text())
+            return {str(kind): str(name) for kind, name in known.items()}
+        assert config.sizes is not None
+        rows = max(int(plan.rows(step.segments)[-1]) for step in plan.steps())
+        chosen = tune(fused(), rows, config.sizes).chosen
+        write_json(recorded, chosen)
+        return chosen
+
+    return workers.first(settle)
+
+
+def _write_overviews(engine: Engine, path: Path, convolutions: Mapping[str, str]) -> None:
+    """plan.json with the steps and algorithms as they were run, the losses with their picture, and the picture of the images."""
     plan = engine.plan
     found: dict[int, dict[str, Any]] = {}
     steps: list[list[int]] = []
@@ -309,7 +337,7 @@ def _write_overviews(engine: Engine, path: Path) -> None:
                 "iterations": [iteration for iteration, _ in lines],
                 **{term: [rows[position][t] for _, rows in lines] for t, term in enumerate(TERMS)},
             }
-    write_json(path / "plan.json", {**plan.to_json(), "steps": steps})
+    write_json(path / "plan.json", {**plan.to_json(), "steps": steps, "convolutions": dict(convolutions)})
     segments_in_order = {str(s): found[s] for s in sorted(found)}
     losses = {"mean_over_iterations_up_to": True, "terms": list(TERMS), "segments": segments_in_order}
     write_json(path / "losses.json", losses)
