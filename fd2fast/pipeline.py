@@ -96,7 +96,7 @@ def run(config: RunConfig, *, overwrite: bool = False) -> Path:
         return cut[factor]
 
     images: dict[str, Artifact] = {}
-    metrics: list[Artifact] = []
+    rows: list[evaluate.Row] = []
     for entry in entries:
         method = entry.method
         if method not in images:
@@ -123,20 +123,14 @@ def run(config: RunConfig, *, overwrite: bool = False) -> Path:
                     _teachers_of(method, list(teachers.values())),
                 )
             for student in config.students:
-                _say(f"students {student} on {entry.name}, {ipc} per class")
                 settings_e = replace(config.evaluate, model=student, labels=entry.labels, ipc=ipc)
                 if entry.labels == "hard" and settings_e.epochs is None:
                     settings_e = replace(settings_e, epochs=config.relabel.epochs)
-                metrics.append(
-                    by_one(
-                        evaluate.run,
-                        settings_e,
-                        out / "metrics" / f"{folder_name(entry.name)}-ipc{ipc}-{folder_name(student)}",
-                        dataset,
-                        images[method],
-                        labels,
-                    )
-                )
+                where = out / "metrics" / f"{folder_name(entry.name)}-ipc{ipc}-{folder_name(student)}"
+                rows.append(evaluate.Row(settings_e, where, dataset, images[method], labels))
+
+    _say(f"students: {len(rows) * len(config.evaluate.seeds)}, {len(config.evaluate.seeds)} for each row of the table")
+    metrics = workers.first(lambda: evaluate.run_all(rows, overwrite=overwrite and is_first()))
 
     _say("report")
     index = {

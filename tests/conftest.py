@@ -5,9 +5,12 @@ import random
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+# before torch: one thread, also in the processes that tests start; they say so where they want more
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # independent runs are compared byte for byte: no choice by time
 os.environ.setdefault("FD2FAST_TUNE", "0")
@@ -20,7 +23,7 @@ if not HAS_GPU:
 # so that tests can import helper modules such as numerics although they are not a package
 sys.path.insert(0, str(Path(__file__).parent))
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

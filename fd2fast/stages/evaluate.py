@@ -1,85 +1,36 @@
-"""Train students from scratch on the distilled images and test them on the whole real test set."""
+"""Train students from scratch on distilled images, side by side, and test them on the whole real test set."""
 
 from __future__ import annotations
 
 import io
+import json
 import math
 import statistics
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from fd2fast import seeding
-from fd2fast.artifacts import Artifact, Stage, atomic_path, open_stage, write_bytes, write_json
+from fd2fast import student
+from fd2fast.artifacts import Artifact, Stage, open_stage, write_bytes, write_json
 from fd2fast.config import EvaluateConfig
-from fd2fast.data.distilled import load_images
-from fd2fast.data.store import ImageSet, load_split
-from fd2fast.data.views import (
-    Source,
-    Views,
-    ViewSettings,
-    batch_offsets,
-    draw_views,
-    grouped,
-    images_at_once,
-    open_views,
-    replay,
-)
-from fd2fast.device import autocast, pick_device, repeatable, settle_precision
+from fd2fast.data.store import load_split
+from fd2fast.device import pick_device, settle_precision
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone
+from fd2fast.pool import Task, side_by_side
 from fd2fast.progress import Progress
-
-# Epochs of a student without a label store to say otherwise (CV-DD).
-USUAL_EPOCHS = 300
-# Seconds between saves of the student in training.
-SAVE_SECONDS = 15.0
-_STATE = "student.pt"
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """What students learn from: views of E epochs, and for each the soft labels or the classes."""
+class Row:
+    """What one call of `run` is given: students of one network on one set of images with its labels."""
 
-    source: Source
-    targets: np.ndarray  # int64 [N], class of every distilled image
-    settings: ViewSettings
-    offsets: np.ndarray
-    size: int
-    epochs: int
-    views: Views | None  # stored views; None: drawn from the settings
-    logits: np.ndarray | None  # fp16 [E, N, K]; None: hard labels
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor | tuple[Tensor, Tensor, float]]]:
-        """Batches of one epoch: images [n,3,S,S] and either logits [n,K] or (own class, partner's class, its area share)."""
-        views = (
-            draw_views(self.settings, self.offsets, self.size, epoch, epoch + 1)
-            if self.views is None
-            else self.views.part(epoch, epoch + 1)
-        )
-        device = self.source.pixels.device
-        pasted = views.pasted_share(self.size)
-        for group in grouped([(0, b) for b in range(views.batches)], views.offsets, images_at_once(self.size)):
-            seen = replay(views, self.source, group).contiguous(memory_format=torch.channels_last)
-            begin = 0
-            for _, b in group:
-                low, high = int(views.offsets[b]), int(views.offsets[b + 1])
-                x = seen[begin : begin + high - low]
-                begin += high - low
-                if self.logits is not None:
-                    yield x, torch.from_numpy(np.array(self.logits[epoch, low:high])).to(device).float()
-                    continue
-                own = self.targets[views.order[0, low:high]]
-                partner = own[views.mix_index[0, low:high]]
-                yield x, (torch.from_numpy(own).to(device), torch.from_numpy(partner).to(device), float(pasted[0, b]))
+    config: EvaluateConfig
+    out: Path
+    dataset: Artifact
+    images: Artifact
+    labels: Artifact | None = None
 
 
 def run(
@@ -97,67 +48,123 @@ def run(
     labels="hard" takes the class (cutmix: both classes by area); views come from the label store if one is given, else from
     the settings. Accuracies are of the whole test set: correct / images, in percent.
 
+    On a CPU students run side by side, each in one thread, so that the bytes do not depend on the number of cores.
+
     Files: metrics.json (every seed's accuracies, losses and per-class accuracy of the last epoch), curves.png,
     students/SEED.safetensors. Facts: method, ipc, student, labels, epochs, seeds, last and best of every seed with
     mean and standard deviation over seeds (n - 1; None for one seed), top5_mean where there are 10 classes or more.
     A killed run goes on from its last save and ends in the same bytes.
     Raises UserError for artifacts that do not fit each other, settings out of range, and a loss that is not finite.
     """
-    config = settle_precision(config)
-    _check(config)
-    dataset.must_fit(images)
-    lessons, parents = _lessons(config, dataset, images, labels)
-    test = load_split(dataset, "test")
-    if len(test) == 0:
-        raise UserError(f"{dataset.path} holds no test images")
-    build_backbone(config.model, len(dataset.classes))  # an unknown name is refused before work begins
-    stage = open_stage(out, "metrics", config, parents, overwrite=overwrite)
-    if stage.finished:
-        return stage.finished
-    state = stage.restore("results.pt") or {"results": {}, "seconds": {}}
-    results: dict[str, Any] = state["results"]
-    seconds: dict[str, float] = state["seconds"]  # apart from the results: times are not part of the identity
-    total = lessons.epochs * len(config.seeds)
-    with (
-        repeatable(),
-        Progress(f"students {config.model}", total, done=lessons.epochs * len(results), unit="epoch") as bar,
-    ):
-        for seed in config.seeds:
-            if str(seed) not in results:
-                training = _Training(config, stage, lessons, test, seed)
-                results[str(seed)] = training.run(bar)
-                seconds[str(seed)] = round(training.seconds, 3)
-                stage.checkpoint("results.pt", state)
-    write_json(stage.path / "metrics.json", results)
-    write_bytes(stage.path / "curves.png", _curves(results, config, len(dataset.classes)))
-    students = list(results.values())
-    facts: dict[str, Any] = {
-        "method": images.facts["method"],
-        "ipc": len(lessons.targets) // len(images.classes),
-        "student": config.model,
-        "labels": config.labels,
-        "epochs": lessons.epochs,
-        "seeds": list(config.seeds),
-    }
-    for which in ("last", "best"):
-        values = [student[which] for student in students]
-        facts[which] = values
-        facts[f"{which}_mean"] = round(statistics.mean(values), 4)
-        facts[f"{which}_std"] = round(statistics.stdev(values), 4) if len(values) > 1 else None
-    top5 = [student["top5"] for student in students if student["top5"] is not None]
-    facts["top5_mean"] = round(statistics.mean(top5), 4) if top5 else None
-    return stage.finish(
-        classes=dataset.classes,
-        size=dataset.size,
-        mean=dataset.mean,
-        std=dataset.std,
-        facts=facts,
-        measured={
-            "device": str(pick_device(config.device)),
-            "seconds_of_each_student": seconds,
-            "seconds_of_the_labels": labels.measured["seconds"] if labels and config.labels == "soft" else None,
-        },
-    )
+    return run_all([Row(config, Path(out), dataset, images, labels)], overwrite=overwrite)[0]
+
+
+def run_all(rows: Sequence[Row], *, overwrite: bool = False) -> list[Artifact]:
+    """`run` for several rows, the students of all of them side by side; a row is finished when its last student is."""
+    opened = [_Opened(row, overwrite) for row in rows]
+    waiting = [(one, seed) for one in opened for seed in one.missing()]
+    total = sum(one.epochs * len(one.config.seeds) for one in opened if not one.stage.finished)
+    done = sum(one.epochs * one.finished_students() for one in opened if not one.stage.finished)
+    tasks = [one.task(seed) for one, seed in waiting]
+    by_cpu = all(pick_device(one.config.device).type == "cpu" for one in opened)
+    running: dict[int, str] = {}
+    for one in opened:
+        one.finish_if_complete()
+    if not tasks:
+        return [one.result for one in opened]
+    with Progress("students", total, done=done, unit="epoch") as bar:
+
+        def show(index: int, state: dict[str, Any]) -> None:
+            one, seed = waiting[index]
+            test = state.get("test", math.nan)
+            shown = "" if math.isnan(test) else f" {test:.1f}%"
+            running[index] = f"{state['epoch']}/{one.epochs}{shown}"
+            bar.step(
+                state["epochs"], **{f"{waiting[i][0].name} seed {waiting[i][1]}": text for i, text in running.items()}
+            )
+
+        for index, _ in side_by_side(tasks, show, processes=None if by_cpu else 1):
+            running.pop(index, None)
+            waiting[index][0].finish_if_complete()
+    return [one.result for one in opened]
+
+
+class _Opened:
+    """One row with its artifact begun: which students are missing, and the artifact once none is."""
+
+    def __init__(self, row: Row, overwrite: bool):
+        self.config = settle_precision(row.config)
+        self.dataset, self.images, self.labels = row.dataset, row.images, row.labels
+        _check(self.config)
+        row.dataset.must_fit(row.images)
+        lessons, parents = student.prepare(self.config, row.dataset, row.images, row.labels)
+        self.epochs, self.ipc = lessons.epochs, len(lessons.targets) // len(row.images.classes)
+        if len(load_split(row.dataset, "test")) == 0:
+            raise UserError(f"{row.dataset.path} holds no test images")
+        build_backbone(self.config.model, len(row.dataset.classes))  # an unknown name is refused before work begins
+        self.stage: Stage = open_stage(row.out, "metrics", self.config, parents, overwrite=overwrite)
+        self.name = f"{row.images.facts['method']} {self.config.labels}"
+
+    @property
+    def result(self) -> Artifact:
+        assert self.stage.finished is not None
+        return self.stage.finished
+
+    def missing(self) -> list[int]:
+        """Seeds of the students that are not finished."""
+        if self.stage.finished:
+            return []
+        return [seed for seed in self.config.seeds if not student.result_file(self.stage.path, seed).is_file()]
+
+    def finished_students(self) -> int:
+        return len(self.config.seeds) - len(self.missing())
+
+    def task(self, seed: int) -> Task:
+        given = student.arguments(self.config, self.stage.path, self.dataset, self.images, self.labels, seed)
+        return Task(f"student {self.config.model}, seed {seed}, of {self.name}", "fd2fast.student:train", given)
+
+    def finish_if_complete(self) -> None:
+        """Write the artifact when its last student is there."""
+        if self.stage.finished or self.missing():
+            return
+        path, config = self.stage.path, self.config
+        found = {seed: json.loads(student.result_file(path, seed).read_text()) for seed in config.seeds}
+        results = {str(seed): record["result"] for seed, record in found.items()}
+        write_json(path / "metrics.json", results)
+        write_bytes(path / "curves.png", _curves(results, config, len(self.dataset.classes)))
+        students = list(results.values())
+        facts: dict[str, Any] = {
+            "method": self.images.facts["method"],
+            "ipc": self.ipc,
+            "student": config.model,
+            "labels": config.labels,
+            "epochs": self.epochs,
+            "seeds": list(config.seeds),
+        }
+        for which in ("last", "best"):
+            values = [one[which] for one in students]
+            facts[which] = values
+            facts[f"{which}_mean"] = round(statistics.mean(values), 4)
+            facts[f"{which}_std"] = round(statistics.stdev(values), 4) if len(values) > 1 else None
+        top5 = [one["top5"] for one in students if one["top5"] is not None]
+        facts["top5_mean"] = round(statistics.mean(top5), 4) if top5 else None
+        soft = self.labels if config.labels == "soft" else None
+        seconds = {str(seed): record["seconds"] for seed, record in found.items()}
+        self.stage.finished = self.stage.finish(
+            classes=self.dataset.classes,
+            size=self.dataset.size,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            facts=facts,
+            measured={
+                "device": str(pick_device(config.device)),
+                # of its students one after the other: they run beside those of other rows
+                "seconds": round(sum(seconds.values()), 3),
+                # apart from the results: times are not part of the identity
+                "seconds_of_each_student": seconds,
+                "seconds_of_the_labels": soft.measured["seconds"] if soft else None,
+            },
+        )
 
 
 def _check(config: EvaluateConfig) -> None:
@@ -176,213 +183,6 @@ def _check(config: EvaluateConfig) -> None:
     ):
         if not fits:
             raise UserError(f"{name} must be {wanted}, got {getattr(config, name)!r}")
-
-
-def _lessons(
-    config: EvaluateConfig, dataset: Artifact, images: Artifact, labels: Artifact | None
-) -> tuple[Lessons, dict[str, Artifact]]:
-    """The views and labels of the students, checked, and the parents of the result."""
-    device = pick_device(config.device)
-    parents = {"dataset": dataset, "images": images}
-    if labels is None:
-        if config.labels == "soft":
-            raise UserError(
-                "soft labels were asked for, but no labels artifact was given; make one with fd2fast relabel"
-            )
-        pixels, targets = load_images(images, config.ipc)
-        source = Source(pixels, images.mean, images.std, device)
-        offsets = batch_offsets(len(pixels), config.batch_size)
-        epochs = config.epochs or USUAL_EPOCHS
-        return Lessons(source, targets, ViewSettings.of(config), offsets, images.size, epochs, None, None), parents
-    if labels.kind != "labels":
-        raise UserError(f"{labels.path} holds a {labels.kind} artifact; wanted a labels artifact")
-    if labels.manifest["parents"]["images"]["id"] != images.id:
-        raise UserError(f"{labels.path} labels other images than {images.path}: make the labels of these images")
-    ipc, stored = int(labels.facts["ipc"]), int(labels.facts["epochs"])
-    if config.ipc not in (None, ipc):
-        raise UserError(f"{labels.path} labels {ipc} images per class, but {config.ipc} were asked for")
-    if config.epochs is not None and config.epochs > stored:
-        raise UserError(f"{labels.path} holds labels of {stored} epochs, but {config.epochs} were asked for")
-    pixels, targets = load_images(images, ipc)
-    views = open_views(labels.path)
-    logits = np.load(labels.file("logits.npy"), mmap_mode="r", allow_pickle=False) if config.labels == "soft" else None
-    lessons = Lessons(
-        Source(pixels, images.mean, images.std, device),
-        targets,
-        ViewSettings.of(config),
-        np.asarray(views.offsets),
-        images.size,
-        config.epochs or stored,
-        views,
-        logits,
-    )
-    return lessons, {**parents, "labels": labels}
-
-
-class _Training:
-    """One student: built, trained, tested, saved."""
-
-    def __init__(self, config: EvaluateConfig, stage: Stage, lessons: Lessons, test: ImageSet, seed: int):
-        self.config, self.stage, self.lessons, self.test, self.seed = config, stage, lessons, test, seed
-        self.device = pick_device(config.device)
-        seeding.seed_all(seed, "student")
-        self.student: nn.Module = build_backbone(config.model, len(test.classes))
-        self.student.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        decayed = [p for p in self.student.parameters() if p.ndim >= 2]
-        plain = [p for p in self.student.parameters() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=config.lr,
-            fused=True,
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.epoch = 0
-        self.seconds = 0.0  # spent on this student, over all runs
-        self.losses: list[float] = []
-        self.tests: list[dict[str, Any]] = []
-
-    def run(self, bar: Progress) -> dict[str, Any]:
-        """Train to the end (or on from a save); returns the seed's entry of metrics.json."""
-        begun = self.stage.restore(_STATE)
-        if begun is not None and begun["seed"] == self.seed:
-            self._load(begun)
-            bar.step(self.epoch)
-        saved = began = time.monotonic()
-        spent = self.seconds
-        while self.epoch < self.lessons.epochs:
-            self._train_epoch()
-            if self.epoch % self.config.eval_every == 0 or self.epoch == self.lessons.epochs:
-                self.tests.append({"epoch": self.epoch, **self._test()})
-            accuracy = self.tests[-1]["top1"] if self.tests else math.nan
-            bar.step(1, seed=str(self.seed), loss=self.losses[-1], test=accuracy)
-            self.seconds = spent + time.monotonic() - began
-            if time.monotonic() - saved > SAVE_SECONDS and self.epoch < self.lessons.epochs:
-                self.stage.checkpoint(_STATE, self._state())
-                saved = time.monotonic()
-        with atomic_path(self.stage.path / "students" / f"{self.seed}.safetensors") as temporary:
-            save_file({k: v.cpu().contiguous() for k, v in self.student.state_dict().items()}, temporary)
-        best = max(self.tests, key=lambda test: test["top1"])
-        last = self.tests[-1]
-        return {
-            "last": last["top1"],
-            "best": best["top1"],
-            "best_epoch": best["epoch"],
-            "top5": last["top5"],
-            "per_class": last["per_class"],
-            "losses": [round(loss, 6) for loss in self.losses],
-            "tests": [{k: t[k] for k in ("epoch", "top1", "top5")} for t in self.tests],
-        }
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "seconds": self.seconds,
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "losses": self.losses,
-            "tests": self.tests,
-        }
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self.epoch, self.losses, self.tests = int(state["epoch"]), list(state["losses"]), list(state["tests"])
-        self.seconds = float(state["seconds"])
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-
-    def _train_epoch(self) -> None:
-        config, epochs = self.config, self.lessons.epochs
-        rate = learning_rate(config.lr, self.epoch, epochs, config.eta)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        seeding.seed_all(self.seed, "student epoch", self.epoch)  # dropout draws from the global generator
-        self.student.train()
-        usual = int(np.diff(self.lessons.offsets).max())
-        seen = torch.zeros((), device=self.device)
-        for x, labels in self.lessons.epoch(self.epoch):
-            for low, high in parts(len(x), usual, config.accumulation):
-                scores = self._scores(x[low:high])
-                loss = self._loss(scores.float(), labels, low, high) / config.accumulation
-                self.scaler.scale(loss).backward()
-                seen += loss.detach() * ((high - low) * config.accumulation)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
-        self.epoch += 1
-        self.losses.append(float(seen) / int(self.lessons.offsets[-1]))
-        if not math.isfinite(self.losses[-1]):
-            raise UserError(
-                f"the loss of student {self.seed} is not finite in epoch {self.epoch} at learning rate {rate:.3g}: lower lr"
-            )
-
-    def _scores(self, x: Tensor) -> Tensor:
-        try:
-            with autocast(self.device, self.config.precision):
-                return self.student(x)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UserError(
-                f"a part of {len(x)} image leaves student {self.config.model} one value per channel for its BatchNorm; "
-                f"take accumulation below {self.config.accumulation}, larger batches or more images per class"
-            ) from error
-
-    def _loss(self, scores: Tensor, labels: Tensor | tuple[Tensor, Tensor, float], low: int, high: int) -> Tensor:
-        if isinstance(labels, Tensor):
-            return soft_loss(scores, labels[low:high], self.config.temperature)
-        own, partner, share = labels
-        loss = F.cross_entropy(scores, own[low:high])
-        return loss if share == 0 else (1 - share) * loss + share * F.cross_entropy(scores, partner[low:high])
-
-    @torch.inference_mode()
-    def _test(self) -> dict[str, Any]:
-        """Accuracies in percent over the whole test set: top1, top5 (None below 10 classes), per_class."""
-        self.student.eval()
-        classes = len(self.test.classes)
-        five = 5 if classes >= 10 else 1
-        hits = torch.zeros(classes, dtype=torch.int64, device=self.device)
-        near = torch.zeros((), dtype=torch.int64, device=self.device)
-        for first in range(0, len(self.test), self.config.test_batch):
-            rows = np.arange(first, min(first + self.config.test_batch, len(self.test)))
-            x = self.test.tensor(rows, device=self.device).contiguous(memory_format=torch.channels_last)
-            targets = self.test.targets(rows, device=self.device)
-            with autocast(self.device, self.config.precision):
-                scores = self.student(x)
-            ranked = scores.float().topk(five, dim=1).indices == targets[:, None]
-            hits += torch.bincount(targets[ranked[:, 0]], minlength=classes)
-            near += ranked.any(dim=1).sum()
-        counts = self.test.counts()
-        correct = hits.cpu().numpy()
-        return {
-            "top1": round(100 * int(correct.sum()) / len(self.test), 4),
-            "top5": round(100 * int(near) / len(self.test), 4) if five == 5 else None,
-            "per_class": [round(100 * int(h) / int(n), 4) if n else None for h, n in zip(correct, counts, strict=True)],
-        }
-
-
-def learning_rate(lr: float, epoch: int, epochs: int, eta: float) -> float:
-    """lr(e) = (1 + cos(pi e / (E eta))) / 2 * lr: eta 1 ends at 0, eta 2 at half of lr."""
-    return 0.5 * (1 + math.cos(math.pi * epoch / (epochs * eta))) * lr
-
-
-def soft_loss(scores: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """KL(softmax(t/T) || softmax(s/T)), mean over the batch; scores and labels are logits [n, K]."""
-    student = F.log_softmax(scores / temperature, dim=1)
-    return F.kl_div(student, F.softmax(labels / temperature, dim=1), reduction="batchmean")
-
-
-def parts(count: int, usual: int, accumulation: int) -> list[tuple[int, int]]:
-    """Row ranges of a batch of `count`: slices of ceil(usual / accumulation); a single left-over row joins the one before.
-
-    The released loop: each slice is one forward pass (with its own BN statistics), a short last batch has fewer slices.
-    """
-    size = max(1, -(-usual // accumulation))
-    bounds = [*range(0, count, size), count]
-    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 and size > 1:
-        del bounds[-2]
-    return list(zip(bounds, bounds[1:], strict=False))
 
 
 def _curves(results: dict[str, Any], config: EvaluateConfig, classes: int) -> bytes:

@@ -1,10 +1,13 @@
 """Students: formulas, replayed labels, honest accuracy, resume after a kill, refusals."""
 
+import contextlib
 import math
 import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import torch
 from distill_tools import make_dataset, make_teacher
 from safetensors.torch import load_file
 
-from fd2fast import seeding
+from fd2fast import seeding, student
 from fd2fast.artifacts import load, open_stage
 from fd2fast.config import DistillConfig, EvaluateConfig, RelabelConfig, replace
 from fd2fast.data.distilled import load_images
@@ -52,18 +55,18 @@ def made(tmp_path_factory):
 def test_soft_loss_is_the_divergence_by_hand():
     scores, labels = torch.tensor([[0.0, math.log(3) * 2]]), torch.tensor([[0.0, 0.0]])
     # T 2: teacher (1/2, 1/2), student (1/4, 3/4): sum t log(t/s) = (log 2 + log 2/3) / 2
-    assert evaluate.soft_loss(scores, labels, 2.0).item() == pytest.approx(
+    assert student.soft_loss(scores, labels, 2.0).item() == pytest.approx(
         0.5 * (math.log(2) + math.log(2 / 3)), rel=1e-5
     )
-    double = evaluate.soft_loss(scores.repeat(2, 1), labels.repeat(2, 1), 2.0)
-    assert double.item() == pytest.approx(evaluate.soft_loss(scores, labels, 2.0).item())
+    double = student.soft_loss(scores.repeat(2, 1), labels.repeat(2, 1), 2.0)
+    assert double.item() == pytest.approx(student.soft_loss(scores, labels, 2.0).item())
 
 
 def test_learning_rate_ends_where_eta_says():
-    assert evaluate.learning_rate(0.1, 0, 400, 2) == pytest.approx(0.1)
-    assert evaluate.learning_rate(0.1, 400, 400, 2) == pytest.approx(0.05)
-    assert evaluate.learning_rate(0.1, 400, 400, 1) == pytest.approx(0.0)
-    assert evaluate.learning_rate(0.1, 100, 400, 1) == pytest.approx(0.1 * (1 + math.sqrt(0.5)) / 2)
+    assert student.learning_rate(0.1, 0, 400, 2) == pytest.approx(0.1)
+    assert student.learning_rate(0.1, 400, 400, 2) == pytest.approx(0.05)
+    assert student.learning_rate(0.1, 400, 400, 1) == pytest.approx(0.0)
+    assert student.learning_rate(0.1, 100, 400, 1) == pytest.approx(0.1 * (1 + math.sqrt(0.5)) / 2)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_learning_rate_ends_where_eta_says():
     ],
 )
 def test_parts_follow_the_released_loop(count, usual, accumulation, expected):
-    assert evaluate.parts(count, usual, accumulation) == expected
+    assert student.parts(count, usual, accumulation) == expected
 
 
 def test_accuracy_is_that_of_the_saved_student_on_the_whole_test_set(made, tmp_path):
@@ -203,20 +206,21 @@ def test_equal_seeds_give_equal_students_and_others_differ(made, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from fd2fast import artifacts
+from fd2fast import artifacts, student
 from fd2fast.config import EvaluateConfig
+from fd2fast import student
 from fd2fast.stages import evaluate
-evaluate.SAVE_SECONDS = 0.0
+student.SAVE_SECONDS = 0.0
 folder, out, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 count = 0
-original = artifacts.Stage.checkpoint
-def checkpoint(self, name, value):
+original = student.write_torch
+def write(path, value):
     global count
-    original(self, name, value)
+    original(path, value)
     count += 1
     if count == at:
         os.kill(os.getpid(), signal.SIGKILL)
-artifacts.Stage.checkpoint = checkpoint
+student.write_torch = write
 load = artifacts.load
 config = EvaluateConfig(model="timm:test_resnet", seeds=(0, 1), eval_every=2)
 evaluate.run(config, out, load(folder + "/dataset"), load(folder + "/images"), load(folder + "/labels"))
@@ -225,7 +229,7 @@ evaluate.run(config, out, load(folder + "/dataset"), load(folder + "/images"), l
 
 def test_killed_and_resumed_equals_unbroken(made, tmp_path):
     folder, dataset, images, _, labels = made
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "FD2FAST_PROGRESS": "0"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FD2FAST_PROGRESS": "0"}
 
     def go(at):
         command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "killed"), str(at)]
@@ -240,6 +244,82 @@ def test_killed_and_resumed_equals_unbroken(made, tmp_path):
     unbroken = evaluate.run(CONFIG, tmp_path / "unbroken", dataset, images, labels)
     assert load(tmp_path / "killed").manifest["files"] == unbroken.manifest["files"]
     assert load(tmp_path / "killed").id == unbroken.id
+
+
+def test_side_by_side_equals_alone(made, tmp_path, monkeypatch):
+    """Students of two rows in two processes: the bytes of one after the other in this one."""
+    _, dataset, images, _, labels = made
+    configs = {"soft": CONFIG, "hard": replace(CONFIG, labels="hard", epochs=2)}
+
+    def rows(folder):
+        return [
+            evaluate.Row(config, tmp_path / folder / name, dataset, images, labels) for name, config in configs.items()
+        ]
+
+    found = {}
+    for folder, count in (("alone", "1"), ("together", "2")):
+        monkeypatch.setenv("OMP_NUM_THREADS", count)
+        found[folder] = evaluate.run_all(rows(folder))
+    for alone, together in zip(found["alone"], found["together"], strict=True):
+        assert alone.manifest["files"] == together.manifest["files"]
+        assert alone.id == together.id
+        assert not (together.path / "state").exists()
+
+
+BESIDE = """
+import sys
+from fd2fast import artifacts, student
+from fd2fast.config import EvaluateConfig
+from fd2fast.stages import evaluate
+folder, out = sys.argv[1:]
+load = artifacts.load
+config = EvaluateConfig(model="timm:test_resnet", seeds=(0, 1, 2), eval_every=2)
+evaluate.run(config, out, load(folder + "/dataset"), load(folder + "/images"), load(folder + "/labels"))
+"""
+
+
+def children_of(pid):
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_killed_with_its_processes_and_resumed_equals_unbroken(made, tmp_path):
+    folder, dataset, images, _, labels = made
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "FD2FAST_PROGRESS": "0"}
+    command = [sys.executable, "-c", BESIDE, str(folder), str(tmp_path / "killed")]
+    state = tmp_path / "killed" / "state"
+    running = subprocess.Popen(command, env=environment)
+    orphans = []
+    while running.poll() is None and not list(state.glob("student-*.json")):
+        orphans = children_of(running.pid) or orphans
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    assert len(orphans) == 2
+    limit = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in orphans):
+        assert time.monotonic() < limit, "processes were left behind"
+        time.sleep(0.05)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    config = replace(CONFIG, seeds=(0, 1, 2))
+    unbroken = evaluate.run(config, tmp_path / "unbroken", dataset, images, labels)
+    assert load(tmp_path / "killed").id == unbroken.id
+
+
+def test_a_failing_student_is_named_and_finished_ones_are_kept(made, tmp_path, monkeypatch):
+    _, dataset, images, _, labels = made
+    config = replace(CONFIG, seeds=(0, 1), lr=1e30)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with pytest.raises(
+        UserError, match=r"student timm:test_resnet, seed \d, of .* soft: the loss of student .* lower lr"
+    ):
+        evaluate.run(config, tmp_path / "m", dataset, images, labels)
 
 
 @pytest.mark.parametrize(
