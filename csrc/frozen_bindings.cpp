@@ -45,6 +45,7 @@ Window window(Pair kernel, Pair stride, Pair padding, Pair dilation, Pair in, Pa
 
 PYBIND11_MODULE(_frozen, m) {
     m.doc() = "CPU kernels of a frozen network's layers (csrc/frozen.hpp)";
+    m.def("processor_level", &fd2fast::processor_level);
     m.def("level", &fd2fast::level);
     using Release = py::call_guard<py::gil_scoped_release>;
 

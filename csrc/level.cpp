@@ -7,9 +7,8 @@
 #include <string>
 
 namespace fd2fast {
-namespace {
 
-int of_processor() {
+int processor_level() {
 #ifdef FD2FAST_X86_LEVELS
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
@@ -18,6 +17,8 @@ int of_processor() {
 #endif
     return 1;
 }
+
+namespace {
 
 // The cap that a variable names, 0 for none; `strict`: another value is an error.
 int cap_of(const char* variable, bool strict) {
@@ -39,7 +40,7 @@ int level() {
     static const int found = [] {
         const int own = cap_of("FD2FAST_CPU_CAPABILITY", true), torch = cap_of("ATEN_CPU_CAPABILITY", false);
         const int cap = own != 0 ? own : torch != 0 ? torch : 5;
-        return std::min(of_processor(), cap);
+        return std::min(processor_level(), cap);
     }();
     return found;
 }

@@ -83,8 +83,11 @@ def distances(rows: int, classes: int, dims: int, z: int, prototypes: int, out: 
 def pull(
     rows: int, classes: int, dims: int, z: int, prototypes: int, weights: int, out: int, threads: int, /
 ) -> None: ...
+def processor_level() -> int:
+    """1 any processor, 3 and 4 the x86-64 levels, 5 level 4 with bf16."""
+
 def level() -> int:
-    """The instruction set in force: 1 any, 3 and 4 the x86-64 levels, 5 level 4 with bf16. ValueError for an unknown cap."""
+    """What is in force, at most `processor_level`. ValueError for an unknown cap."""
 
 def winograd_packed_floats(channels_in: int, channels_out: int) -> int: ...
 def winograd_pack(transformed: int, channels_in: int, channels_out: int, packed: int) -> None: ...

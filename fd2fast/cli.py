@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from fd2fast import __version__
+from fd2fast import __version__, threads
 from fd2fast.config import (
     DataConfig,
     DistillConfig,
@@ -382,6 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     show_notes()
+    threads.settle()
     try:
         if arguments[0] not in COMMANDS:
             raise UserError(f"unknown command {arguments[0]!r}: {nearest(arguments[0], COMMANDS)}")

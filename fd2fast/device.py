@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fd2fast import isa
 from fd2fast.errors import UserError, nearest
 
 Config = TypeVar("Config")
@@ -74,10 +75,7 @@ def fast_bf16(device: torch.device) -> bool:
     """Whether bf16 products are faster than fp32 ones on this device (a CPU without such instructions emulates them)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(
-        probe is not None and probe()
-        for probe in (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    )
+    return isa.detect().level == 5
 
 
 def settle_precision(config: Config) -> Config:

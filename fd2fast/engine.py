@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fd2fast import threads
 from fd2fast.artifacts import Stage, write_json
 from fd2fast.config import DistillConfig
 from fd2fast.data.pixels import bounds, quantize, save_image
@@ -201,6 +202,7 @@ class Engine:
 
     def _iterate(self, part: Part, step: GroupedStep, log: _Log) -> None:
         saved = time.monotonic()
+        watch = threads.Watch(torch.get_num_threads()) if self.device.type == "cpu" else None
         while not step.finished:
             for table in self.inputs.tables(part.segments, step.iteration, step.phase_end, step.size):
                 step.load_table(table.params, table.rates, table.first)
@@ -210,6 +212,8 @@ class Engine:
                     if means is not None:
                         named = {n: v for n, v in zip(TERMS, means, strict=True) if v or n == "total"}
                         self._show(part, iteration + 1, since=self._shown, **named)
+                    if watch is not None:
+                        watch.look()
                     if self._save_is_due(iteration + 1, saved) and not step.finished:
                         saved = time.monotonic()
                         self.writer.submit(self._save, part, _state_of(step, log))

@@ -9,8 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fd2fast import __version__
-from fd2fast.device import fast_bf16
+from fd2fast import __version__, isa, threads
 
 _EXTENSIONS = (
     ("_planner", "plans and iteration tables"),
@@ -29,10 +28,9 @@ def describe() -> str:
             lines.append(f"  {name:20} {version(name)}")
         except PackageNotFoundError:
             lines.append(f"  {name:20} not installed")
-    lines += ["", "devices", f"  cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"]
-    lines.append(
-        f"       {torch.backends.cpu.get_cpu_capability()}, bf16 in hardware: {'yes' if fast_bf16(torch.device('cpu')) else 'no'}"
-    )
+    free = f"{threads.free_cores()} of {os.cpu_count()} cores free to this process"
+    lines += ["", "devices", f"  cpu: {free}, torch uses {torch.get_num_threads()} threads"]
+    lines += [f"       {line}" for line in isa.describe()]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(index)

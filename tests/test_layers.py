@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "workers": set(),
     "writer": set(),
     "artifacts": BASE,
-    "device": BASE,
+    "device": BASE | {"isa"},
     "_planner": set(),
     "_frozen": set(),
     "_crop": set(),
@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASE | {"ops", "artifacts", "seeding", "progress"},
     "models": BASE | {"ops", "artifacts", "device", "seeding", "_frozen"},
     "threads": set(),
+    "isa": {"_frozen", "errors"},
     "pool": {"errors", "threads"},
     "student": BASE | {"artifacts", "data", "device", "models", "seeding"},
     "methods": BASE,
@@ -40,7 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "step": BASE | {"ops", "models", "planner", "device", "capture", "tables"},
     "memory": BASE | {"models", "step"},
     "inputs": BASE | {"artifacts", "data", "models", "ops", "planner", "seeding", "step"},
-    "engine": BASE | {"artifacts", "data", "inputs", "memory", "models", "progress", "step", "workers", "writer"},
+    "engine": BASE
+    | {"artifacts", "data", "inputs", "memory", "models", "progress", "step", "threads", "workers", "writer"},
     "baselines": BASE | {"artifacts", "data", "models", "device", "seeding", "progress"},
     "stages": BASE
     | {
@@ -63,9 +65,9 @@ ALLOWED: dict[str, set[str]] = {
         "threads",
         "workers",
     },
-    "info": BASE | {"device", "ops"},
+    "info": BASE | {"device", "isa", "ops", "threads"},
     "pipeline": BASE | {"artifacts", "data", "methods", "stages", "workers"},
-    "cli": BASE | {"artifacts", "data", "info", "pipeline", "presets", "progress", "stages", "workers"},
+    "cli": BASE | {"artifacts", "data", "info", "pipeline", "presets", "progress", "stages", "threads", "workers"},
     "__main__": {"cli"},
 }
 
