@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fd2fast import __version__
+from fd2fast import __version__, isa
 from fd2fast.artifacts import write_bytes, write_json
 from fd2fast.errors import UserError
 
@@ -39,6 +39,7 @@ def about(device: torch.device, bench: str, arguments: Sequence[str] | None = No
         "versions": {"fd2fast": __version__, "python": platform.python_version(), **_versions()},
         "device": _processor(),
         "threads": torch.get_num_threads(),
+        "instruction set": "; ".join(line.strip() for line in isa.describe()),
         "load before": round(os.getloadavg()[0], 2),
     }
     if device.type == "cuda":

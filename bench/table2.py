@@ -22,9 +22,11 @@ loop's in fp32 (bench/gate.py); a row that disagrees gets no time. Columns: `pap
 paper's protocol (mean of the first 5 iterations of a fresh run on the host's clock, unsynchronised; code was compiled for
 the check before); `ms` median, with
 10 and 90 % quantiles, at steady state, all rows taking turns; `x rival` the median over the turns of the fastest rival's time
-over the row's; `of limit` the least time that the work can take (convolutions at the best measured matrix product, or bytes at
-the best measured copy, whichever is more) over the row's; `peak MB` what the row holds at most, its teachers' weights included,
-as torch allocates it (the paper's GB likewise), `reserved MB` what torch takes from the device for it.
+over the row's; `of limit` the time that the work takes at the device's best rates (direct convolutions at the best measured
+matrix product, or bytes at the best measured copy, whichever is more) over the row's: above 1 where Winograd's algorithm, which
+has a quarter of the products of a 3 x 3 convolution, does better than any direct one can; `peak MB` what the row holds at most,
+its teachers' weights included, as torch allocates it (the paper's GB likewise), `reserved MB` what torch takes from the device
+for it.
 """
 
 from __future__ import annotations
@@ -307,14 +309,14 @@ def _fill(
 
 
 def least_ms(case: Case, precision: str, device: torch.device) -> float:
-    """Milliseconds below which no iteration of this segment can be, mean over the teachers: FLOPs or bytes, whichever is more."""
+    """Milliseconds that direct convolutions or the bytes take at the device's best rates, mean over the teachers: the more."""
     dtype = AUTOCAST.get(precision, torch.float32)
     found = []
     for teacher in case.teachers:
         flops = timing.convolution_flops(teacher.backbone, case.initial) * case.rows
         moved = timing.traffic_elements(teacher.backbone, case.initial) * case.rows * dtype.itemsize
         moved += 12 * case.initial.numel() * 4  # images, moments and gradients through view, adjoint and Adam, in fp32
-        found.append(max(flops / timing.product_rate(dtype, device), moved / timing.copy_rate(device)))
+        found.append(max(flops / timing.best_rate(dtype, device), moved / timing.copy_rate(device)))
     return 1e3 * statistics.mean(found)
 
 

@@ -156,6 +156,12 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * side**3 / (best * 1e-3)
 
 
+def best_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """`product_rate` of work in this type: on a CPU also fp32's, since one that has no bf16 products emulates them."""
+    dtypes = {dtype, torch.float32} if device.type == "cpu" else {dtype}
+    return max(product_rate(d, device) for d in dtypes)
+
+
 @functools.cache
 def copy_rate(device: torch.device) -> float:
     """Bytes/s, reads and writes together, of the best of a few large copies."""

@@ -100,3 +100,7 @@ def _seconds_waited() -> float | None:
         return sum(int((task / "schedstat").read_text().split()[1]) for task in tasks) / 1e9
     except (OSError, ValueError, IndexError):
         return None
+
+
+if __name__ == "__main__":
+    print(free_cores())

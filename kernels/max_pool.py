@@ -46,7 +46,7 @@ def max_pool_fwd_kernel(
     m_out = (column < columns)[:, None] & (o_c < channels)[None, :]  # [BX, BC]
     p_image = p_x + image.to(tl.int64) * x_n
     b_best = tl.full([BX, BC], float("-inf"), ACC)
-    b_place = tl.full([BX, BC], 255, tl.int32)
+    b_place = tl.full([BX, BC], -1, tl.int32)
     for i in tl.static_range(KH):
         y = row * SH - PH + i * DH
         if (y >= 0) & (y < height):
@@ -57,7 +57,7 @@ def max_pool_fwd_kernel(
                 m = ((x >= 0) & (x < width))[:, None] & m_out
                 b_x = tl.load(p_row + (x * x_x)[:, None] + (o_c * x_c)[None, :], mask=m, other=float("-inf")).to(ACC)
                 # the first pixel inside, a larger one, and any NaN
-                take = m & ((b_place == 255) | (b_x > b_best) | (b_x != b_x))
+                take = m & ((b_place < 0) | (b_x > b_best) | (b_x != b_x))
                 b_best = tl.where(take, b_x, b_best)
                 b_place = tl.where(take, i * KW + j, b_place)
     o_out = image.to(tl.int64) * y_n + row.to(tl.int64) * y_y
