@@ -142,9 +142,23 @@ PYBIND11_MODULE(_frozen, m) {
         Release());
     m.def("winograd_packed_floats", &fd2fast::winograd::packed_floats);
     m.def(
-        "winograd_pack",
-        [](Address transformed, std::int64_t channels_in, std::int64_t channels_out, Address packed) {
-            fd2fast::winograd::pack(floats(transformed), channels_in, channels_out, at<float>(packed));
+        "winograd_transform",
+        [](Address weight, std::array<std::int64_t, 4> strides, std::int64_t channels_in, std::int64_t channels_out, bool turned,
+           Address packed, int threads) {
+            const std::int64_t by[4] = {strides[0], strides[1], strides[2], strides[3]};
+            fd2fast::winograd::transform_and_pack(floats(weight), by, channels_in, channels_out, turned, at<float>(packed),
+                                                  threads);
+        },
+        Release());
+    m.def(
+        "winograd_weight_gradient",
+        [](bool half, std::int64_t images, std::int64_t channels_in, std::int64_t channels_out, Pair in, Pair out, Pair padding,
+           Address x, Address grad, Address grad_weight, std::array<std::int64_t, 4> strides, int threads) {
+            const fd2fast::winograd::Shape shape{images, channels_in, channels_out, in[0], in[1], out[0], out[1],
+                                                 {padding[0], padding[1]}};
+            const std::int64_t by[4] = {strides[0], strides[1], strides[2], strides[3]};
+            fd2fast::winograd::weight_gradient(half ? Type::bfloat16 : Type::float32, shape, at<const void>(x),
+                                               at<const void>(grad), at<float>(grad_weight), by, threads);
         },
         Release());
     m.def(

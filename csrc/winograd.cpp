@@ -33,6 +33,11 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // Output channels as they are held in transformed form: whole vectors.
 int64_t stride_of(const Kernels& loops, int64_t channels_out) { return round_up(channels_out, loops.lanes); }
 
+int64_t tiles_of(const Shape& shape) {
+    const int64_t down = (shape.out_height + tile_outputs - 1) / tile_outputs;
+    return shape.images * down * ((shape.out_width + tile_outputs - 1) / tile_outputs);
+}
+
 // Scratch of a block: transformed inputs and products.
 constexpr int64_t block_floats = 1 << 18, least_tiles = 24;
 
@@ -42,27 +47,10 @@ int64_t packed_floats(int64_t channels_in, int64_t channels_out) {
     return positions * channels_in * stride_of(kernels(Type::float32), channels_out);
 }
 
-void pack(const float* transformed, int64_t channels_in, int64_t channels_out, float* packed) {
-    const Kernels& loops = kernels(Type::float32);
-    const int64_t stride = stride_of(loops, channels_out), wide = loops.lanes * loops.vectors;
-    for (int64_t position = 0; position < positions; ++position) {
-        const float* from = transformed + position * channels_in * channels_out;
-        for (int64_t column = 0; column < stride;) {
-            const int64_t width = column + wide <= stride ? wide : loops.lanes;
-            for (int64_t k = 0; k < channels_in; ++k)
-                for (int64_t j = column; j < column + width; ++j)
-                    *packed++ = j < channels_out ? from[k * channels_out + j] : 0.0f;
-            column += width;
-        }
-    }
-}
-
 void convolve(Type type, const Shape& shape, const void* x, const float* packed, const float* bias, void* y, int threads) {
     const Kernels& loops = kernels(type);
     const int64_t stride = stride_of(loops, shape.channels_out), depth = shape.channels_in;
-    const int64_t down = (shape.out_height + tile_outputs - 1) / tile_outputs;
-    const int64_t across = (shape.out_width + tile_outputs - 1) / tile_outputs;
-    const int64_t tiles = shape.images * down * across;
+    const int64_t tiles = tiles_of(shape);
     const int64_t fitting = std::max(least_tiles, block_floats / (positions * (depth + stride)) / 12 * 12);
     const int64_t blocks = (tiles + fitting - 1) / fitting;
     const std::vector<float> zeros(depth, 0.0f);
@@ -108,6 +96,54 @@ void convolve(Type type, const Shape& shape, const void* x, const float* packed,
             loops.scatter(shape, first, end, m, rows, stride, bias, y);
         }
     }
+}
+
+void transform_and_pack(const float* weight, const int64_t (&strides)[4], int64_t channels_in, int64_t channels_out, bool turned,
+                        float* packed, int threads) {
+    const Kernels& loops = kernels(Type::float32);
+    const int64_t stride = stride_of(loops, channels_out), wide = loops.lanes * loops.vectors;
+    const Filters filters{weight, nullptr, {strides[0], strides[1], strides[2], strides[3]}};
+    (void)threads;  // unused without OpenMP
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t k = 0; k < channels_in; ++k)
+        for (int64_t column = 0; column < stride; column += loops.lanes) {
+            // full panels hold `vectors` vectors side by side, a last single one its own
+            const int64_t first = column / wide * wide, width = first + wide <= stride ? wide : loops.lanes;
+            float* to = packed + first * channels_in + k * width + (column - first);
+            loops.filters(filters, k, column, channels_out, turned, to, channels_in * stride);
+        }
+}
+
+void weight_gradient(Type type, const Shape& shape, const void* x, const void* grad, float* grad_weight,
+                     const int64_t (&strides)[4], int threads) {
+    const Kernels& loops = kernels(type);
+    const int64_t stride = stride_of(loops, shape.channels_out), depth = shape.channels_in;
+    const int64_t tiles = tiles_of(shape);
+    const int64_t rows = std::min(tiles, std::max(least_tiles, block_floats / (positions * (depth + stride))));
+    const std::vector<float> zeros(std::max(depth, shape.channels_out), 0.0f);
+    std::vector<float> sums(positions * depth * stride, 0.0f);
+    const std::unique_ptr<float[]> scratch(new float[positions * rows * (depth + stride)]);
+    float *v = scratch.get(), *m = v + positions * rows * depth;
+    constexpr int64_t few = 4;
+    (void)threads;
+#pragma omp parallel num_threads(threads)
+    for (int64_t first = 0; first < tiles; first += rows) {
+        const int64_t count = std::min(tiles - first, rows);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < count; t += few) {
+            const int64_t begin = first + t, end = first + std::min(count, t + few);
+            loops.gather(shape, begin, end, x, zeros.data(), v + t * depth, rows);
+            loops.spread(shape, begin, end, grad, zeros.data(), m + t * stride, rows, stride);
+        }
+#pragma omp for schedule(static)
+        for (int64_t position = 0; position < positions; ++position)
+            loops.accumulate(v + position * rows * depth, m + position * rows * stride, count, depth, stride,
+                             sums.data() + position * depth * stride);
+    }
+    const Filters filters{nullptr, grad_weight, {strides[0], strides[1], strides[2], strides[3]}};
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t k = 0; k < depth; ++k)
+        loops.collect(filters, sums.data(), k, depth, shape.channels_out, stride);
 }
 
 }  // namespace fd2fast::winograd

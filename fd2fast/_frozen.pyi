@@ -90,7 +90,23 @@ def level() -> int:
     """What is in force, at most `processor_level`. ValueError for an unknown cap."""
 
 def winograd_packed_floats(channels_in: int, channels_out: int) -> int: ...
-def winograd_pack(transformed: int, channels_in: int, channels_out: int, packed: int) -> None: ...
+def winograd_transform(
+    weight: int, strides: Sequence[int], channels_in: int, channels_out: int, turned: bool, packed: int, threads: int
+) -> None: ...
+def winograd_weight_gradient(
+    half: bool,
+    images: int,
+    channels_in: int,
+    channels_out: int,
+    size: tuple[int, int],
+    out: tuple[int, int],
+    padding: tuple[int, int],
+    x: int,
+    grad: int,
+    grad_weight: int,
+    strides: Sequence[int],
+    threads: int,
+) -> None: ...
 def winograd_convolve(
     half: bool,
     images: int,

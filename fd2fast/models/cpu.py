@@ -267,20 +267,49 @@ def depthwise_backward(grad: Tensor, taps: Tensor, window: Sequence[Sequence[int
     return found
 
 
-def winograd_pack(transformed: Tensor) -> Tensor:
-    """The transformed weights of a 3 x 3 convolution, float32 [36, C_in, C_out], in the order that `winograd` reads."""
+def winograd_transform(weight: Tensor, turned: bool) -> Tensor:
+    """The weight [C_out, C_in, 3, 3], in any order of its memory, transformed for `winograd`: float32 in the order it reads.
+
+    turned: for the input gradient: channels exchanged, filters turned by 180 degrees.
+    """
     assert _native is not None
-    transformed = transformed.contiguous()
-    _, c_in, c_out = transformed.shape
+    weight = weight.detach().float()
+    c_out, c_in = (weight.shape[1], weight.shape[0]) if turned else (weight.shape[0], weight.shape[1])
     packed = torch.empty(_native.winograd_packed_floats(c_in, c_out))
-    _native.winograd_pack(transformed.data_ptr(), c_in, c_out, packed.data_ptr())
+    threads = torch.get_num_threads()
+    _native.winograd_transform(weight.data_ptr(), weight.stride(), c_in, c_out, turned, packed.data_ptr(), threads)
     return packed
+
+
+def winograd_weight_gradient(x: Tensor, grad: Tensor, padding: tuple[int, int], weight: Tensor) -> Tensor:
+    """The gradient of a weight [C_out, C_in, 3, 3] in float32, in the order of its memory.
+
+    x [N, C_in, H, W] and the result's gradient grad [N, C_out, H', W'] of one type, as `takes` wants them.
+    """
+    assert _native is not None
+    n, c, h, w = x.shape
+    found = torch.empty_like(weight, dtype=torch.float32)
+    _native.winograd_weight_gradient(
+        x.dtype == torch.bfloat16,
+        n,
+        c,
+        grad.shape[1],
+        (h, w),
+        (grad.shape[2], grad.shape[3]),
+        padding,
+        x.data_ptr(),
+        grad.data_ptr(),
+        found.data_ptr(),
+        found.stride(),
+        torch.get_num_threads(),
+    )
+    return found
 
 
 def winograd(x: Tensor, packed: Tensor, bias: Tensor | None, channels: int, padding: tuple[int, int]) -> Tensor:
     """The 3 x 3 convolution with stride 1 of x [N, C_in, H, W], as `takes` wants it -> [N, channels, H', W'] in its type.
 
-    packed: of `winograd_pack`; bias: float32 [channels], contiguous.
+    packed: of `winograd_transform`; bias: float32 [channels], contiguous.
     """
     assert _native is not None
     n, c, h, w = x.shape

@@ -20,25 +20,6 @@ from fd2fast.models.held import Held
 
 Pair = tuple[int, int]
 
-_INNER, _OUTER = 0.5**0.5, 2.0**0.5
-
-
-def _interpolation() -> Tensor:
-    """G [6, 3] in float64: row p evaluates a filter's polynomial at the point p, over the point's Lagrange factor."""
-    points = (0.0, _INNER, -_INNER, _OUTER, -_OUTER)
-    rows = []
-    for p in points:
-        factor = torch.tensor([p - q for q in points if q != p], dtype=torch.float64).prod()
-        rows.append(torch.tensor([1.0, p, p * p], dtype=torch.float64) / factor)
-    return torch.stack([*rows, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)])
-
-
-def transform(weight: Tensor) -> Tensor:
-    """G w G^T of every filter: [C_out, C_in, 3, 3] -> float32 [36, C_in, C_out]."""
-    g = _interpolation()
-    found = torch.einsum("ir,ocrs,js->ijco", g, weight.double(), g)
-    return found.reshape(36, weight.shape[1], weight.shape[0]).float().contiguous()
-
 
 def supports(
     dtype: torch.dtype, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int, channels: Pair
@@ -72,17 +53,12 @@ class WinogradConv:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.conv2d of x [N, C_in, H, W], dense channels_last, in the weight's type."""
-        packed = self._held.get(weight, "forward", lambda: cpu.winograd_pack(transform(weight)))
+        packed = self._held.get(weight, "forward", lambda: cpu.winograd_transform(weight, False))
         added = None if bias is None else bias.float()
         return cpu.winograd(x, packed, added, weight.shape[0], self._padding)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, size: Pair) -> Tensor:
         """[N, C_in, *size] from that of the result, [N, C_out, H', W'] in the weight's type."""
-        packed = self._held.get(weight, "gradient", lambda: cpu.winograd_pack(transform(turned(weight))))
+        packed = self._held.get(weight, "gradient", lambda: cpu.winograd_transform(weight, True))
         around = 2 - self._padding[0], 2 - self._padding[1]
         return cpu.winograd(grad.contiguous(memory_format=torch.channels_last), packed, None, weight.shape[1], around)
-
-
-def turned(weight: Tensor) -> Tensor:
-    """The filter of the input gradient [C_in, C_out, 3, 3]: channels exchanged, turned by 180 degrees."""
-    return weight.flip(2, 3).transpose(0, 1)

@@ -25,6 +25,7 @@ from fd2fast.models.attention_views import crop_and_drop
 from fd2fast.models.backbone import build_backbone, canonical_name, load_weights
 from fd2fast.models.prototypes import Prototypes
 from fd2fast.models.teacher import FILE, Teacher
+from fd2fast.models.training import accelerate
 from fd2fast.progress import Progress
 
 # (attention maps M, alpha) by data set and backbone: the paper's App. Table 3
@@ -215,6 +216,7 @@ class _Trainer:
             self.notices.append("alpha is 0: the CAL head and the prototypes are as initialised")
         self.teacher = Teacher(backbone, config.attention_maps, alpha=config.alpha, size=train.size)
         self.teacher.to(device).to(memory_format=torch.channels_last)
+        accelerate(self.teacher)
         seen = torch.zeros(len(train.classes), dtype=torch.bool, device=device)
         self.prototypes = Prototypes(self.teacher.prototypes_ema, self.teacher.prototypes_last, seen, config.mu)
         # groups of their own: the head's momentum may begin later than the backbone's

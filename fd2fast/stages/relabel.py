@@ -35,6 +35,7 @@ from fd2fast.data.views import (
 from fd2fast.device import pick_device
 from fd2fast.errors import UserError
 from fd2fast.models.teacher import Teacher, load_teacher
+from fd2fast.models.training import accelerate
 from fd2fast.progress import Progress
 
 LOGITS = "logits.npy"
@@ -82,6 +83,8 @@ def run(
     pixels, targets = load_images(images, config.ipc)
     offsets = batch_offsets(len(pixels), config.batch_size)
     loaded = [load_teacher(teacher, device) for teacher in teachers]
+    for network in loaded:
+        accelerate(network)
     store = _Store(stage, config.epochs, offsets, len(images.classes))
     source = Source(pixels, images.mean, images.std, device)
     limit = images_at_once(images.size)
