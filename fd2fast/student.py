@@ -37,6 +37,7 @@ from fd2fast.device import autocast, pick_device, repeatable
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone
 from fd2fast.models.training import accelerate
+from fd2fast.threads import Watch
 
 # Epochs of a student without a label store to say otherwise (CV-DD).
 USUAL_EPOCHS = 300
@@ -159,12 +160,14 @@ class Training:
             report({"epochs": self.epoch, "epoch": self.epoch})
         saved = began = time.monotonic()
         spent = self.seconds
+        watch = Watch(torch.get_num_threads())
         while self.epoch < self.lessons.epochs:
             self._train_epoch()
             if self.epoch % self.config.eval_every == 0 or self.epoch == self.lessons.epochs:
                 self.tests.append({"epoch": self.epoch, **self._test()})
             accuracy = self.tests[-1]["top1"] if self.tests else math.nan
             report({"epochs": 1, "epoch": self.epoch, "loss": self.losses[-1], "test": accuracy})
+            watch.look()
             self.seconds = spent + time.monotonic() - began
             if time.monotonic() - saved > SAVE_SECONDS and self.epoch < self.lessons.epochs:
                 write_torch(save, self._state())

@@ -27,6 +27,7 @@ from fd2fast.models.prototypes import Prototypes
 from fd2fast.models.teacher import FILE, Teacher
 from fd2fast.models.training import accelerate
 from fd2fast.progress import Progress
+from fd2fast.threads import Watch
 
 # (attention maps M, alpha) by data set and backbone: the paper's App. Table 3
 PAPER_SETTINGS: dict[str, dict[str, tuple[int, float]]] = {
@@ -116,9 +117,11 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
             f"pretrain {trainer.teacher.name.split(',')[0]}", settings.epochs * steps, done=trainer.epoch * steps
         ) as bar:
             first = trainer.epoch
+            watch = Watch(torch.get_num_threads())
             while trainer.epoch < settings.epochs:
                 trainer.train_epoch(bar)
                 stage.checkpoint(_STATE, trainer.state())
+                watch.look()
                 if trainer.tested or trainer.epoch == 1:
                     write_bytes(stage.path / "attention.png", trainer.attention_picture())
         trained = max((trainer.epoch - first) * len(train.labels), 1)

@@ -20,6 +20,7 @@ from fd2fast.config import DistillConfig, replace
 from fd2fast.errors import UserError
 from fd2fast.memory import StepMemory, measure
 from fd2fast.methods import resolve
+from fd2fast.models import convolution
 from fd2fast.models.fused import fuse
 from fd2fast.models.teacher import load_teacher
 from fd2fast.planner import iteration_table, make_plan
@@ -613,3 +614,47 @@ def test_diverged_losses_stop_the_run(room: types.SimpleNamespace, tmp_path: Pat
         patched.setattr(GroupedStep, "iterate", lambda self, *draws: original(self, *draws) * float("nan"))
         with pytest.raises(UserError, match="losses of segment 0 are not finite at iteration 0"):
             distill.run(settings(method="sre2l++"), tmp_path / "a", room.dataset, [room.teacher], room.patches)
+
+
+def test_convolutions_are_measured_once_and_a_resumed_run_keeps_them(
+    room: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The algorithms of the first start, also where another would be faster when the run goes on."""
+    config = settings(method="sre2l++_fd2", iterations=(6,), precision="fp32")
+    measured: list[dict[str, str]] = []
+    real = distill.tune
+
+    def tune(*arguments: object) -> object:
+        found = real(*arguments)
+        measured.append(dict(found.chosen))
+        return found
+
+    def seconds(candidates: dict[str, object]) -> dict[str, float]:
+        order = list(candidates)[:: 1 if not measured else -1]
+        return {name: 1.0 + place for place, name in enumerate(order)}
+
+    monkeypatch.setenv("FD2FAST_TUNE", "1")
+    monkeypatch.setattr(distill, "tune", tune)
+    monkeypatch.setattr(convolution, "_measured", seconds)
+    unbroken = distill.run(config, tmp_path / "unbroken", room.dataset, [room.teacher], room.patches)
+    recorded = json.loads(unbroken.file("plan.json").read_text())["convolutions"]
+    assert recorded == measured[0]
+    assert set(recorded.values()) > {"winograd"}
+
+    measured.clear()
+    iterate, count = GroupedStep.iterate, [0]
+
+    def stops(self: GroupedStep, *arguments: object) -> object:
+        count[0] += 1
+        if count[0] == 4:
+            raise KeyboardInterrupt
+        return iterate(self, *arguments)
+
+    monkeypatch.setattr(GroupedStep, "iterate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(config, tmp_path / "broken", room.dataset, [room.teacher], room.patches)
+    assert len(measured) == 1
+    again = distill.run(config, tmp_path / "broken", room.dataset, [room.teacher], room.patches)
+    assert len(measured) == 1
+    assert json.loads(again.file("plan.json").read_text())["convolutions"] == recorded
+    assert again.id == unbroken.id
