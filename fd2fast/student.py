@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fd2fast import seeding
+from fd2fast import seeding, threads
 from fd2fast.artifacts import Artifact, atomic_path, config_dict, load, read_torch, write_json, write_torch
 from fd2fast.config import EvaluateConfig
 from fd2fast.data.distilled import load_images
@@ -149,7 +149,8 @@ class Training:
     def run(self, report: Report) -> dict[str, Any]:
         """Train to the end (or on from a save); returns the seed's entry of metrics.json.
 
-        report is told of finished epochs: {"epochs": how many since the last report, "epoch", "loss", "test"}.
+        report is told of finished epochs: {"epochs": how many since the last report, "epoch", "loss", "test"}, and now and
+        then "lost", the share of the time in which other programs held the core.
         """
         save = self.path / "state" / f"student-{self.seed}.pt"
         if save.is_file():
@@ -157,12 +158,16 @@ class Training:
             report({"epochs": self.epoch, "epoch": self.epoch})
         saved = began = time.monotonic()
         spent = self.seconds
+        watch = threads.Watch(torch.get_num_threads())
         while self.epoch < self.lessons.epochs:
             self._train_epoch()
             if self.epoch % self.config.eval_every == 0 or self.epoch == self.lessons.epochs:
                 self.tests.append({"epoch": self.epoch, **self._test()})
             accuracy = self.tests[-1]["top1"] if self.tests else math.nan
-            report({"epochs": 1, "epoch": self.epoch, "loss": self.losses[-1], "test": accuracy})
+            told = {"epochs": 1, "epoch": self.epoch, "loss": self.losses[-1], "test": accuracy}
+            if self.device.type == "cpu" and (lost := watch.lost()) is not None:
+                told["lost"] = lost
+            report(told)
             self.seconds = spent + time.monotonic() - began
             if time.monotonic() - saved > SAVE_SECONDS and self.epoch < self.lessons.epochs:
                 write_torch(save, self._state())

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "threads": set(),
     "isa": {"_frozen", "errors"},
     "pool": {"errors", "threads"},
-    "student": BASE | {"artifacts", "data", "device", "models", "seeding"},
+    "student": BASE | {"artifacts", "data", "device", "models", "seeding", "threads"},
     "methods": BASE,
     "capture": BASE,
     "tables": BASE,

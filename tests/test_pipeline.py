@@ -70,7 +70,9 @@ def test_other_settings_are_refused_before_work_is_lost(finished, capsys):
 
 def test_a_quick_run_is_complete_beside_the_full_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    text = TINY.replace('"random", "random:soft", "herding", "kcenter", "rded", "sre2l++", "sre2l++_fd2", ', '"random", ')
+    text = TINY.replace(
+        '"random", "random:soft", "herding", "kcenter", "rded", "sre2l++", "sre2l++_fd2", ', '"random", '
+    )
     assert text != TINY
     (tmp_path / "tiny.toml").write_text('out = "mine"' + text.replace("ipc = [1, 2]", "ipc = [1]"))
     assert cli.main(["run", "--quick", "--config", "tiny.toml"]) == 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fd2fast import seeding
+from fd2fast import seeding, threads
 from fd2fast.artifacts import Artifact, file_digest, open_stage, write_bytes, write_json
 from fd2fast.config import PretrainConfig, replace
 from fd2fast.data.augment import crop_resize, pretrain_views
@@ -223,6 +223,7 @@ class _Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.steps = len(batches(len(train.labels), config.batch_size, torch.arange(len(train.labels))))
         self.labels = torch.from_numpy(train.labels).to(device)
+        self.watch = threads.Watch(torch.get_num_threads()) if device.type == "cpu" else None
         self.epoch = 0
         self.history: list[dict[str, float | int]] = []
         self.best: dict[str, Any] | None = None
@@ -275,6 +276,8 @@ class _Trainer:
                 shown = {"epoch": f"{epoch + 1}/{config.epochs}", **{n: now[LOSSES.index(n)] for n in names}}
                 shown |= self._accuracies()
             bar.step(1, **shown)
+            if self.watch is not None:
+                self.watch.look()
         means = (sums / len(order)).tolist()
         self._must_be_finite(means[0], lr)
         self.epoch += 1
