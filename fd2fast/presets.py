@@ -101,10 +101,10 @@ _QUICK_ITERATIONS = 600
 
 
 def quick(config: RunConfig) -> RunConfig:
-    """The same rows for a first look: half of the teachers' epochs, a third of the iterations, labels and student epochs, one seed.
+    """The same rows for a first look: half of the teachers' epochs, a third of all other work, one student a row.
 
-    Written to a folder of its own, the name of `out` with "-quick" behind it, so that it never meets the full run. Data set,
-    methods, networks and images per class stay.
+    The third is of iterations and of the epochs of labels and students. Written to a folder of its own, the name of `out` with
+    "-quick" behind it, so that it never meets the full run. Data set, methods, networks and images per class stay.
     """
     replace = dataclasses.replace
     pretrain, distill, evaluate = config.pretrain, config.distill, config.evaluate
