@@ -96,6 +96,46 @@ def preset(name: str) -> RunConfig:
     return PRESETS[name]
 
 
+# Iterations of a quick run whose settings leave them to the method (2,000 to 6,000).
+_QUICK_ITERATIONS = 600
+
+
+def quick(config: RunConfig) -> RunConfig:
+    """The same rows for a first look: half of the teachers' epochs, a third of all other work, one student a row.
+
+    The third is of iterations and of the epochs of labels and students. Written to a folder of its own, the name of `out` with
+    "-quick" behind it, so that it never meets the full run. Data set, methods, networks and images per class stay.
+    """
+    replace = dataclasses.replace
+    pretrain, distill, evaluate = config.pretrain, config.distill, config.evaluate
+    epochs = _part(pretrain.epochs, 2)
+    given = distill.iterations or (3 * _QUICK_ITERATIONS,)
+    return replace(
+        config,
+        out=config.out.with_name(f"{config.out.name}-quick"),
+        pretrain=replace(
+            pretrain,
+            epochs=epochs,
+            # lies within the epochs
+            backbone_epochs=min(pretrain.backbone_epochs // 2, epochs - 1),
+            warmup=pretrain.warmup / 2,
+            duration=pretrain.duration / 2,
+        ),
+        # at least one for each phase of the method that has most
+        distill=replace(distill, iterations=tuple(max(_part(n, 3), min(n, 4)) for n in given)),
+        relabel=replace(config.relabel, epochs=_part(config.relabel.epochs, 3)),
+        evaluate=replace(
+            evaluate,
+            seeds=evaluate.seeds[:1],
+            epochs=None if evaluate.epochs is None else _part(evaluate.epochs, 3),
+        ),
+    )
+
+
+def _part(count: int, parts: int) -> int:
+    return max(1, count // parts)
+
+
 def from_toml(path: Path, default: Any) -> Any:
     """`default` with the values of a TOML file; tables are nested settings. UserError names an unknown key or a wrong value."""
     try:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fd2fast import seeding
+from fd2fast import seeding, threads
 from fd2fast.artifacts import Artifact, atomic_path, config_dict, load, read_torch, write_json, write_torch
 from fd2fast.config import EvaluateConfig
 from fd2fast.data.distilled import load_images
@@ -36,8 +36,6 @@ from fd2fast.data.views import (
 from fd2fast.device import autocast, pick_device, repeatable
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone
-from fd2fast.models.training import accelerate
-from fd2fast.threads import Watch
 
 # Epochs of a student without a label store to say otherwise (CV-DD).
 USUAL_EPOCHS = 300
@@ -135,7 +133,6 @@ class Training:
         seeding.seed_all(seed, "student")
         self.student: nn.Module = build_backbone(config.model, len(test.classes))
         self.student.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        accelerate(self.student)
         decayed = [p for p in self.student.parameters() if p.ndim >= 2]
         plain = [p for p in self.student.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
@@ -152,7 +149,8 @@ class Training:
     def run(self, report: Report) -> dict[str, Any]:
         """Train to the end (or on from a save); returns the seed's entry of metrics.json.
 
-        report is told of finished epochs: {"epochs": how many since the last report, "epoch", "loss", "test"}.
+        report is told of finished epochs: {"epochs": how many since the last report, "epoch", "loss", "test"}, and now and
+        then "lost", the share of the time in which other programs held the core.
         """
         save = self.path / "state" / f"student-{self.seed}.pt"
         if save.is_file():
@@ -160,14 +158,16 @@ class Training:
             report({"epochs": self.epoch, "epoch": self.epoch})
         saved = began = time.monotonic()
         spent = self.seconds
-        watch = Watch(torch.get_num_threads())
+        watch = threads.Watch(torch.get_num_threads())
         while self.epoch < self.lessons.epochs:
             self._train_epoch()
             if self.epoch % self.config.eval_every == 0 or self.epoch == self.lessons.epochs:
                 self.tests.append({"epoch": self.epoch, **self._test()})
             accuracy = self.tests[-1]["top1"] if self.tests else math.nan
-            report({"epochs": 1, "epoch": self.epoch, "loss": self.losses[-1], "test": accuracy})
-            watch.look()
+            told = {"epochs": 1, "epoch": self.epoch, "loss": self.losses[-1], "test": accuracy}
+            if self.device.type == "cpu" and (lost := watch.lost()) is not None:
+                told["lost"] = lost
+            report(told)
             self.seconds = spent + time.monotonic() - began
             if time.monotonic() - saved > SAVE_SECONDS and self.epoch < self.lessons.epochs:
                 write_torch(save, self._state())

@@ -74,23 +74,31 @@ class Watch:
 
     def look(self) -> bool:
         """Call it now and then; whether the machine was overloaded since the look before."""
+        lost = self.lost()
+        if lost is not None and not self._told:
+            say_busy(lost)
+            self._told = True
+        return lost is not None
+
+    def lost(self) -> float | None:
+        """Share of the time since the look before in which the work waited for a core; None where that is little."""
         seconds = time.monotonic() - self._wall
         if seconds < self._every:
-            return False
+            return None
         waited = _seconds_waited()
         known = waited is not None and self._waited is not None
-        share = 1 - (waited - self._waited) / (seconds * self._threads) if known else 1.0  # type: ignore[operator]
+        share = (waited - self._waited) / (seconds * self._threads) if known else 0.0  # type: ignore[operator]
         self._start()
-        if share >= _LEAST_SHARE:
-            return False
-        if not self._told:
-            log.warning(
-                "this machine is busy: the work waited for a core %.0f %% of the time; other programs hold them "
-                "(fewer threads may be faster: OMP_NUM_THREADS)",
-                100 * (1 - share),
-            )
-            self._told = True
-        return True
+        return share if share > 1 - _LEAST_SHARE else None
+
+
+def say_busy(lost: float) -> None:
+    """The line in the log; lost: share of the time without a core."""
+    log.warning(
+        "this machine is busy: the work waited for a core %.0f %% of the time; other programs hold them "
+        "(fewer threads may be faster: OMP_NUM_THREADS)",
+        100 * lost,
+    )
 
 
 def _seconds_waited() -> float | None:

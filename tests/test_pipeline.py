@@ -68,6 +68,24 @@ def test_other_settings_are_refused_before_work_is_lost(finished, capsys):
     assert "config.crops was 2, now 3" in capsys.readouterr().err
 
 
+def test_a_quick_run_is_complete_beside_the_full_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = TINY.replace(
+        '"random", "random:soft", "herding", "kcenter", "rded", "sre2l++", "sre2l++_fd2", ', '"random", '
+    )
+    assert text != TINY
+    (tmp_path / "tiny.toml").write_text('out = "mine"' + text.replace("ipc = [1, 2]", "ipc = [1]"))
+    assert cli.main(["run", "--quick", "--config", "tiny.toml"]) == 0
+    assert not (tmp_path / "mine").exists()
+    found = [artifacts.load(p.parent) for p in sorted((tmp_path / "mine-quick").rglob("manifest.json"))]
+    facts = {artifact.facts["method"]: artifact.facts for artifact in found if artifact.kind == "metrics"}
+    assert {method: row["seeds"] for method, row in facts.items()} == {"random": [0], "fadrm+_fd2": [0]}
+    assert "fadrm+_fd2" in capsys.readouterr().out
+    # what is said on the command line holds
+    assert cli.main(["run", "--config", "tiny.toml", "--quick", "--evaluate.seeds", "0", "1"]) == 2
+    assert "config.seeds was [0], now [0, 1]" in capsys.readouterr().err
+
+
 def test_the_table_names_every_row_and_the_pictures_exist(finished, capsys):
     out, _ = finished
     assert cli.main(["report", "--run", str(out)]) == 0

@@ -2,9 +2,10 @@
 
 import pytest
 
-from fd2fast.config import RunConfig
+from fd2fast.config import DistillConfig, PretrainConfig, RunConfig, replace
 from fd2fast.errors import UserError
-from fd2fast.presets import PRESETS, from_toml, preset
+from fd2fast.methods import BASELINES, resolve
+from fd2fast.presets import PRESETS, from_toml, preset, quick
 
 
 def test_unknown_preset_suggests_the_nearest():
@@ -18,6 +19,34 @@ def test_paper_presets_follow_the_paper():
         assert (config.ipc, config.relabel.epochs, config.data.size) == ((1, 3, 5), 400, 224)
         assert (config.evaluate.temperature, config.evaluate.eta) == (20.0, 2.0)
     assert PRESETS["imagewoof"].relabel.epochs == 300
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_quick_run_has_the_same_rows_in_less_time_and_another_folder(name):
+    full, short = PRESETS[name], quick(PRESETS[name])
+    assert short.out == full.out.with_name(full.out.name + "-quick")
+    for same in ("data", "methods", "teachers", "students", "ipc", "patches"):
+        assert getattr(short, same) == getattr(full, same)
+    assert short.pretrain.epochs == full.pretrain.epochs // 2
+    assert short.relabel.epochs == full.relabel.epochs // 3
+    assert short.evaluate.seeds == full.evaluate.seeds[:1]
+    for method in {text.partition(":")[0] for text in full.methods} - set(BASELINES):
+        resolved = [resolve(replace(c.distill, method=method), classes=20, size=full.data.size) for c in (full, short)]
+        iterations = [sum(r.iterations or ()) for r in resolved]
+        assert iterations[1] <= iterations[0] / 3
+
+
+@pytest.mark.parametrize(
+    ("epochs", "backbone", "short"), [(1, 0, (1, 0)), (2, 1, (1, 0)), (9, 3, (4, 1)), (9, 8, (4, 3))]
+)
+def test_what_lies_within_the_epochs_still_does_when_quick(epochs, backbone, short):
+    found = quick(RunConfig(pretrain=PretrainConfig(epochs=epochs, backbone_epochs=backbone))).pretrain
+    assert (found.epochs, found.backbone_epochs) == short
+
+
+@pytest.mark.parametrize(("given", "short"), [((300,), (100,)), ((5,), (4,)), ((2,), (2,)), ((30, 9, 1), (10, 4, 1))])
+def test_quick_iterations_are_enough_for_every_phase(given, short):
+    assert quick(RunConfig(distill=DistillConfig(iterations=given))).distill.iterations == short
 
 
 def test_toml_overrides_nested_values(tmp_path):

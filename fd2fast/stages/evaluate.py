@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fd2fast import student
+from fd2fast import student, threads
 from fd2fast.artifacts import Artifact, Stage, open_stage, write_bytes, write_json
 from fd2fast.config import EvaluateConfig
 from fd2fast.data.store import load_split
@@ -68,6 +68,7 @@ def run_all(rows: Sequence[Row], *, overwrite: bool = False) -> list[Artifact]:
     tasks = [one.task(seed) for one, seed in waiting]
     by_cpu = all(pick_device(one.config.device).type == "cpu" for one in opened)
     running: dict[int, str] = {}
+    told: set[str] = set()
     for one in opened:
         one.finish_if_complete()
     if not tasks:
@@ -75,7 +76,10 @@ def run_all(rows: Sequence[Row], *, overwrite: bool = False) -> list[Artifact]:
     with Progress("students", total, done=done, unit="epoch") as bar:
 
         def show(index: int, state: dict[str, Any]) -> None:
-            one, seed = waiting[index]
+            if "lost" in state and not told:
+                threads.say_busy(state["lost"])
+                told.add("busy")
+            one = waiting[index][0]
             test = state.get("test", math.nan)
             shown = "" if math.isnan(test) else f" {test:.1f}%"
             running[index] = f"{state['epoch']}/{one.epochs}{shown}"
@@ -103,7 +107,7 @@ class _Opened:
             raise UserError(f"{row.dataset.path} holds no test images")
         build_backbone(self.config.model, len(row.dataset.classes))  # an unknown name is refused before work begins
         self.stage: Stage = open_stage(row.out, "metrics", self.config, parents, overwrite=overwrite)
-        self.name = f"{row.images.facts['method']} {self.config.labels}"
+        self.name = f"{row.images.facts['method']} ipc {self.ipc} {self.config.labels}"
 
     @property
     def result(self) -> Artifact:

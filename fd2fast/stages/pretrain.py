@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fd2fast import seeding
+from fd2fast import seeding, threads
 from fd2fast.artifacts import Artifact, file_digest, open_stage, write_bytes, write_json
 from fd2fast.config import PretrainConfig, replace
 from fd2fast.data.augment import crop_resize, pretrain_views
@@ -27,7 +27,6 @@ from fd2fast.models.prototypes import Prototypes
 from fd2fast.models.teacher import FILE, Teacher
 from fd2fast.models.training import accelerate
 from fd2fast.progress import Progress
-from fd2fast.threads import Watch
 
 # (attention maps M, alpha) by data set and backbone: the paper's App. Table 3
 PAPER_SETTINGS: dict[str, dict[str, tuple[int, float]]] = {
@@ -117,11 +116,9 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
             f"pretrain {trainer.teacher.name.split(',')[0]}", settings.epochs * steps, done=trainer.epoch * steps
         ) as bar:
             first = trainer.epoch
-            watch = Watch(torch.get_num_threads())
             while trainer.epoch < settings.epochs:
                 trainer.train_epoch(bar)
                 stage.checkpoint(_STATE, trainer.state())
-                watch.look()
                 if trainer.tested or trainer.epoch == 1:
                     write_bytes(stage.path / "attention.png", trainer.attention_picture())
         trained = max((trainer.epoch - first) * len(train.labels), 1)
@@ -228,6 +225,7 @@ class _Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.steps = len(batches(len(train.labels), config.batch_size, torch.arange(len(train.labels))))
         self.labels = torch.from_numpy(train.labels).to(device)
+        self.watch = threads.Watch(torch.get_num_threads()) if device.type == "cpu" else None
         self.epoch = 0
         self.history: list[dict[str, float | int]] = []
         self.best: dict[str, Any] | None = None
@@ -280,6 +278,8 @@ class _Trainer:
                 shown = {"epoch": f"{epoch + 1}/{config.epochs}", **{n: now[LOSSES.index(n)] for n in names}}
                 shown |= self._accuracies()
             bar.step(1, **shown)
+            if self.watch is not None:
+                self.watch.look()
         means = (sums / len(order)).tolist()
         self._must_be_finite(means[0], lr)
         self.epoch += 1

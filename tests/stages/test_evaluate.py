@@ -15,7 +15,7 @@ import torch
 from distill_tools import make_dataset, make_teacher
 from safetensors.torch import load_file
 
-from fd2fast import seeding, student
+from fd2fast import seeding, student, threads
 from fd2fast.artifacts import load, open_stage
 from fd2fast.config import DistillConfig, EvaluateConfig, RelabelConfig, replace
 from fd2fast.data.distilled import load_images
@@ -310,6 +310,18 @@ def test_killed_with_its_processes_and_resumed_equals_unbroken(made, tmp_path):
     config = replace(CONFIG, seeds=(0, 1, 2))
     unbroken = evaluate.run(config, tmp_path / "unbroken", dataset, images, labels)
     assert load(tmp_path / "killed").id == unbroken.id
+
+
+def test_a_busy_machine_is_said_once_for_all_students(made, tmp_path, monkeypatch, caplog):
+    _, dataset, images, _, labels = made
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # here, where the clock can be replaced
+    monkeypatch.setattr(threads.Watch, "lost", lambda self: 0.7)
+    with caplog.at_level("WARNING", logger="fd2fast"):
+        evaluate.run(replace(CONFIG, epochs=2), tmp_path / "m", dataset, images, labels)
+    assert [record.getMessage() for record in caplog.records if "busy" in record.getMessage()] == [
+        "this machine is busy: the work waited for a core 70 % of the time; other programs hold them "
+        "(fewer threads may be faster: OMP_NUM_THREADS)"
+    ]
 
 
 def test_a_failing_student_is_named_and_finished_ones_are_kept(made, tmp_path, monkeypatch):
