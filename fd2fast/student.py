@@ -36,6 +36,7 @@ from fd2fast.data.views import (
 from fd2fast.device import autocast, pick_device, repeatable
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone
+from fd2fast.models.training import accelerate
 
 # Epochs of a student without a label store to say otherwise (CV-DD).
 USUAL_EPOCHS = 300
@@ -133,6 +134,7 @@ class Training:
         seeding.seed_all(seed, "student")
         self.student: nn.Module = build_backbone(config.model, len(test.classes))
         self.student.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        accelerate(self.student)
         decayed = [p for p in self.student.parameters() if p.ndim >= 2]
         plain = [p for p in self.student.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
