@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,30 +33,41 @@ class Choices:
     """
 
     def __init__(self, chosen: Mapping[str, str] | None = None):
-        self.chosen = dict(chosen or {})
-        self._measuring = False
+        self._chosen = dict(chosen or {})
+        self.measuring = False
+        self.version = 0  # rises with every change
+
+    @property
+    def chosen(self) -> Mapping[str, str]:
+        """The algorithm by kind."""
+        return MappingProxyType(self._chosen)
+
+    def take(self, chosen: Mapping[str, str]) -> None:
+        """Add these, in place of what was chosen for the same kinds."""
+        self._chosen.update(chosen)
+        self.version += 1
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[None]:
         """Within, kinds that are met for the first time are decided by time."""
-        self._measuring = True
+        self.measuring = True
         try:
             yield
         finally:
-            self._measuring = False
+            self.measuring = False
 
     def pick(self, kind: str, candidates: Mapping[str, Run]) -> str:
         """The name of the candidate to use for this kind."""
-        name = self.chosen.get(kind)
+        name = self._chosen.get(kind)
         if name in candidates:
             return name  # type: ignore[return-value]
         first = next(iter(candidates))
-        if not self._measuring:
+        if not self.measuring:
             return first
         seconds = _measured(candidates)
         best = min(seconds, key=seconds.__getitem__)
-        self.chosen[kind] = best if seconds[first] > _WORTH * seconds[best] else first
-        return self.chosen[kind]
+        self.take({kind: best if seconds[first] > _WORTH * seconds[best] else first})
+        return self._chosen[kind]
 
 
 def _measured(candidates: Mapping[str, Run]) -> dict[str, float]:
@@ -86,6 +100,7 @@ class Convolution:
         self.choices = choices if choices is not None else Choices()
         self._packed = packed.PackedConv(stride, padding, dilation, groups)
         self._winograd = winograd.WinogradConv(padding)
+        self._picked: dict[tuple[Any, ...], str] = {}
 
     @property
     def nbytes(self) -> int:
@@ -99,13 +114,15 @@ class Convolution:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.conv2d of x [N, C_in, H, W] in the weight's type."""
-        candidates: dict[str, Run] = {}
-        if self._by_winograd(weight):
-            candidates["winograd"] = lambda: self._winograd.forward(x, weight, bias)
-        if packed.supports(x.dtype):
-            candidates["packed"] = lambda: self._packed.forward(x, weight, bias)
-        candidates["plain"] = lambda: F.conv2d(x, weight, bias, *self.settings)
-        return self._run("forward", x.shape[2:], weight, candidates)
+
+        def run(name: str) -> Tensor:
+            if name == "winograd":
+                return self._winograd.forward(x, weight, bias)
+            if name == "packed":
+                return self._packed.forward(x, weight, bias)
+            return F.conv2d(x, weight, bias, *self.settings)
+
+        return run(self._pick("forward", x.shape[2:], weight, (), run))
 
     def input_gradient(
         self, grad: Tensor, weight: Tensor, shape: Sequence[int], phases: Tensor | None, taps: Tensor | None
@@ -114,27 +131,43 @@ class Convolution:
 
         phases: of `phase_weight`; taps: as cpu.depthwise_backward wants them; None where the layer has no such form.
         """
-        stride, padding, dilation, groups = self.settings
-        size, kernel = (shape[2], shape[3]), tuple(weight.shape[2:])
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        candidates: dict[str, Run] = {}
-        if phases is not None:
-            candidates["phases"] = lambda: input_gradient_by_phases(grad, phases, stride, padding, shape)
-        if taps is not None:
-            candidates["taps"] = lambda: cpu.depthwise_backward(grad, taps, (kernel, stride, padding, dilation), shape)
-        if self._by_winograd(weight):
-            candidates["winograd"] = lambda: self._winograd.input_gradient(grad, weight, size)
-        if packed.supports(grad.dtype):
-            candidates["packed"] = lambda: self._packed.input_gradient(grad, weight, size)
-        candidates["plain"] = lambda: plain_input_gradient(grad, weight, shape, *self.settings)
-        return self._run("gradient", size, weight, candidates)
+        stride, padding, dilation, _ = self.settings
+        grad, size = grad.contiguous(memory_format=torch.channels_last), (shape[2], shape[3])
+
+        def run(name: str) -> Tensor:
+            if name == "phases":
+                assert phases is not None
+                return input_gradient_by_phases(grad, phases, stride, padding, shape)
+            if name == "taps":
+                assert taps is not None
+                return cpu.depthwise_backward(grad, taps, (weight.shape[2:], stride, padding, dilation), shape)
+            if name == "winograd":
+                return self._winograd.input_gradient(grad, weight, size)
+            if name == "packed":
+                return self._packed.input_gradient(grad, weight, size)
+            return plain_input_gradient(grad, weight, shape, *self.settings)
+
+        own = [name for name, form in (("phases", phases), ("taps", taps)) if form is not None]
+        return run(self._pick("gradient", size, weight, own, run))
+
+    def _pick(
+        self, direction: str, size: Sequence[int], weight: Tensor, own: Sequence[str], run: Callable[[str], Tensor]
+    ) -> str:
+        """The algorithm for maps of this size; own: candidates of this direction only."""
+        key = direction, *size, weight.dtype, id(self.choices), self.choices.version
+        name = None if self.choices.measuring else self._picked.get(key)
+        if name is None:
+            names = [*own]
+            names += ["winograd"] if self._by_winograd(weight) else []
+            names += ["packed"] if packed.supports(weight.dtype) else []
+            candidates = {n: functools.partial(run, n) for n in (*names, "plain")}
+            name = self.choices.pick(self._kind(direction, size, weight), candidates)
+            self._picked[key] = name
+        return name
 
     def _by_winograd(self, weight: Tensor) -> bool:
         c_out, c_in, k_h, k_w = weight.shape
         return winograd.supports(weight.dtype, (k_h, k_w), *self.settings, (c_in, c_out))
-
-    def _run(self, direction: str, size: Sequence[int], weight: Tensor, candidates: Mapping[str, Run]) -> Tensor:
-        return candidates[self.choices.pick(self._kind(direction, size, weight), candidates)]()
 
     def _kind(self, direction: str, size: Sequence[int], weight: Tensor) -> str:
         c_out, c_in, k_h, k_w = weight.shape

@@ -159,7 +159,7 @@ def _optimise(
             lambda: measure(config, fused(), device),
             workers,
         )
-        choices.chosen.update(_convolutions(config, plan, stage.state / "convolutions.json", fused, workers))
+        choices.take(_convolutions(config, plan, stage.state / "convolutions.json", fused, workers))
         inputs = Inputs(
             config, plan, dataset, patches, loaded, stage.path, device, draws=draws, prior_draws=prior_draws
         )
@@ -314,7 +314,7 @@ def _convolutions(
             return {str(kind): str(name) for kind, name in known.items()}
         assert config.sizes is not None
         rows = max(int(plan.rows(step.segments)[-1]) for step in plan.steps())
-        chosen = tune(fused(), rows, config.sizes).chosen
+        chosen = dict(tune(fused(), rows, config.sizes).chosen)
         write_json(recorded, chosen)
         return chosen
 
