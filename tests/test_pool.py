@@ -119,7 +119,7 @@ def test_a_worker_ends_when_nobody_asks_any_more(tmp_path):
     worker = pool._Worker(0, pool.queue.Queue())
     worker.begin(0, task("sleep"))
     worker.process.stdin.close()  # as when the parent is killed
-    assert worker.process.wait(timeout=60) == 0
+    assert worker.process.wait(timeout=600) == 0
     worker.end()
 
 
@@ -127,7 +127,7 @@ def test_a_terminal_interrupt_is_left_to_the_parent():
     inbox = pool.queue.Queue()
     worker = pool._Worker(0, inbox)
     worker.begin(0, task("sleep"))
-    inbox.get(timeout=60)  # it works
+    inbox.get(timeout=600)  # it works
     worker.process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     assert worker.process.poll() is None

@@ -22,7 +22,9 @@ for round in range(2):
     mine = []
     for number in workers.share(20):
         mine.append(number)
-        time.sleep(.01)
+        if len(mine) == 1:
+            workers.wait()  # each has one, however late it came
+        time.sleep(.001)
     (out / f"{round}-{workers.rank}").write_text(" ".join(map(str, mine)))
     workers.wait()
 """

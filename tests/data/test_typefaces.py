@@ -170,7 +170,7 @@ def test_kill_9_and_again(tmp_path: Path) -> None:
         "prepare(DataConfig(size=32, classes=3, train_per_class=100, test_per_class=2), sys.argv[1])"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not list((tmp_path / "out" / "images").rglob("010.png")) and time.monotonic() < deadline:
             time.sleep(0.005)
         process.kill()

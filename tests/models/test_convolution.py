@@ -1,6 +1,6 @@
 """The algorithms of a frozen convolution: each gives the same values, and choices are measured once, kept and obeyed."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,14 +89,15 @@ def test_nothing_is_measured_unless_asked(monkeypatch):
 
 
 def slowed(monkeypatch, slow):
-    """Make some candidates take long, and count how often each is run."""
-    counts = dict.fromkeys(NAMES, 0)
+    """Make some candidates take long on a clock of their own, and count how often each is run."""
+    counts, now = dict.fromkeys(NAMES, 0), [0.0]
     real = convolution._measured
+    monkeypatch.setattr(convolution, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def measured(candidates):
         def run(name):
             counts[name] += 1
-            time.sleep(0.01 if name in slow else 0.0)
+            now[0] += 0.01 if name in slow else 0.001
 
         return real({name: (lambda name=name: run(name)) for name in candidates})
 

@@ -11,8 +11,8 @@ import pytest
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 # Bytes of stack per thread that a kernel may take, by the Triton that compiles it; kernels that are not named take none.
-# 3.6's assembler keeps one value of these on the stack, at 40 to 56 registers: not for want of room.
-ALLOWED = {"3.6": {"prototype_loss_fwd_kernel": 8}}
+# Their assemblers keep one value of these on the stack at 128 registers or fewer, of 255: not for want of room.
+ALLOWED = {"3.6": {"prototype_loss_fwd_kernel": 8}, "3.7": {"pool_root_fwd_kernel": 8}}
 # Triton versions that the kernels were compiled with: for others a few bytes are the compiler's affair and are told, not refused
 TRIED = ("3.6", "3.7", "3.8", "3.9")
 FEW = 64

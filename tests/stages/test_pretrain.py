@@ -249,7 +249,7 @@ def test_kill_9_and_the_same_command_again_ends_in_the_same_bytes(tmp_path, data
     )
     environment = {**os.environ, "FD2FAST_PROGRESS": "0"}
     process = subprocess.Popen([sys.executable, "-c", script, str(out), str(dataset.path)], env=environment)
-    state, deadline = out / "state" / "epoch.pt", time.monotonic() + 120
+    state, deadline = out / "state" / "epoch.pt", time.monotonic() + 600
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.15)  # into an epoch, or into a write
