@@ -17,23 +17,9 @@ using std::uint8_t;
 
 namespace {
 
-const Kernels& kernels(Type type) {
-#ifdef FD2FAST_X86_LEVELS
-    if (level() == 5) return v4_bf16::kernels(type);
-    if (level() == 4) return v4::kernels(type);
-    if (level() == 3) return v3::kernels(type);
-#endif
-    return base::kernels(type);
-}
+const Kernels& kernels(Type type) { return FD2FAST_FOR_LEVEL(kernels)(type); }
 
-const VectorKernels& vector_kernels() {
-#ifdef FD2FAST_X86_LEVELS
-    if (level() == 5) return v4_bf16::vector_kernels();
-    if (level() == 4) return v4::vector_kernels();
-    if (level() == 3) return v3::vector_kernels();
-#endif
-    return base::vector_kernels();
-}
+const VectorKernels& vector_kernels() { return FD2FAST_FOR_LEVEL(vector_kernels)(); }
 
 std::vector<Chunk> chunks_of(const Map& map) {
     // by shape only, so that sums do not depend on threads; about 32 Ki values, at most 1024 pixels in one fp32 sum

@@ -10,4 +10,17 @@ int processor_level();
 // avx512_bf16). Read once; throws std::invalid_argument for another value of the former.
 int level();
 
+// Of one function built for each instruction set, the one for level().
+template <typename F>
+F for_level(F any, F v3, F v4, F v4_bf16) {
+    const int found = level();
+    return found == 5 ? v4_bf16 : found == 4 ? v4 : found == 3 ? v3 : any;
+}
+
 }  // namespace fd2fast
+
+#ifdef FD2FAST_X86_LEVELS
+#define FD2FAST_FOR_LEVEL(f) fd2fast::for_level(base::f, v3::f, v4::f, v4_bf16::f)
+#else
+#define FD2FAST_FOR_LEVEL(f) base::f
+#endif

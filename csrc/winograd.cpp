@@ -19,14 +19,7 @@ using std::int64_t;
 
 namespace {
 
-const Kernels& kernels(Type type) {
-#ifdef FD2FAST_X86_LEVELS
-    if (level() == 5) return v4_bf16::kernels(type);
-    if (level() == 4) return v4::kernels(type);
-    if (level() == 3) return v3::kernels(type);
-#endif
-    return base::kernels(type);
-}
+const Kernels& kernels(Type type) { return FD2FAST_FOR_LEVEL(kernels)(type); }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

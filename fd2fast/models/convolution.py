@@ -101,6 +101,7 @@ class Convolution:
         self._packed = packed.PackedConv(stride, padding, dilation, groups)
         self._winograd = winograd.WinogradConv(padding)
         self._picked: dict[tuple[Any, ...], str] = {}
+        self._picked_from: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -154,7 +155,11 @@ class Convolution:
         self, direction: str, size: Sequence[int], weight: Tensor, own: Sequence[str], run: Callable[[str], Tensor]
     ) -> str:
         """The algorithm for maps of this size; own: candidates of this direction only."""
-        key = direction, *size, weight.dtype, id(self.choices), self.choices.version
+        source = id(self.choices), self.choices.version
+        if source != self._picked_from:
+            self._picked.clear()
+            self._picked_from = source
+        key = direction, *size, weight.dtype
         name = None if self.choices.measuring else self._picked.get(key)
         if name is None:
             names = [*own]

@@ -68,7 +68,7 @@ def run_all(rows: Sequence[Row], *, overwrite: bool = False) -> list[Artifact]:
     tasks = [one.task(seed) for one, seed in waiting]
     by_cpu = all(pick_device(one.config.device).type == "cpu" for one in opened)
     running: dict[int, str] = {}
-    told: set[str] = set()
+    said_busy = False
     for one in opened:
         one.finish_if_complete()
     if not tasks:
@@ -76,9 +76,10 @@ def run_all(rows: Sequence[Row], *, overwrite: bool = False) -> list[Artifact]:
     with Progress("students", total, done=done, unit="epoch") as bar:
 
         def show(index: int, state: dict[str, Any]) -> None:
-            if "lost" in state and not told:
+            nonlocal said_busy
+            if "lost" in state and not said_busy:
                 threads.say_busy(state["lost"])
-                told.add("busy")
+                said_busy = True
             one = waiting[index][0]
             test = state.get("test", math.nan)
             shown = "" if math.isnan(test) else f" {test:.1f}%"
