@@ -43,7 +43,8 @@ _ENTRIES, _FOLDERS, _UP, _DOWN = 2000, 300, 3, 3
 
 def peek(folder: Path) -> tuple[list[str], list[str]]:
     """Names of folders and of other entries directly in `folder`, sorted, of its first 2000; none where it cannot be read."""
-    folders, files = [], []
+    folders: list[str] = []
+    files: list[str] = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in itertools.islice(entries, _ENTRIES):
             if not is_junk(entry.name) and not entry.name.startswith("."):

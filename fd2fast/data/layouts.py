@@ -71,7 +71,7 @@ class Listing:
     """A data set found on disk. `root`: the folder that holds it; label k means classes[k].
 
     faults: what the walk over class folders could not read or follow, each with one line. left_out: what it passed over.
-    empty: lines on class folders without a file.
+    empty: lines on class folders without a file. followed: links in class folders to folders elsewhere, and their targets.
     """
 
     root: Path
@@ -81,10 +81,17 @@ class Listing:
     faults: list[tuple[Path, str]] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
     empty: list[str] = field(default_factory=list)
+    followed: list[tuple[Path, str]] = field(default_factory=list)
 
     def notes(self) -> list[str]:
-        """Lines on what a person should know of the listing: what was left out, class names that look alike."""
+        """Lines for a person: links that lead elsewhere, what was left out, class names that look alike."""
         lines = []
+        if self.followed:
+            path, target = self.followed[0]
+            count = f"{len(self.followed)} links" if len(self.followed) > 1 else "1 link"
+            lines.append(
+                f"{self.root}: followed {count} to folders elsewhere ({os.path.relpath(path, self.root)} to {target})"
+            )
         if text := self.left_out.say(self.root):
             lines.append(f"{self.root}: left out {text}")
         if pairs := hints.look_alikes(self.classes):
@@ -450,7 +457,8 @@ def _tree(
     for one in found:
         left_out.merge(one.left_out)
     faults = [fault for one in found for fault in (*one.faults, *one.dangling)]
-    return Listing(home, classes, splits[0], splits[1], faults, left_out, empty)
+    followed = [link for one in found for link in one.followed]
+    return Listing(home, classes, splits[0], splits[1], faults, left_out, empty, followed)
 
 
 def _class_name(folder: str) -> str:

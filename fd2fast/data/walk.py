@@ -5,6 +5,7 @@ Names are ordered by their bytes, so that neither the file system nor the locale
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import heapq
 import os
@@ -100,13 +101,14 @@ class LeftOut:
 class Found:
     """What a walk found. files: by `order`. faults, dangling: paths and one line on each; dangling: links without a target.
 
-    entries: how many it looked at.
+    followed: links to folders elsewhere that were entered, and their targets. entries: how many it looked at.
     """
 
     files: list[Path] = field(default_factory=list)
     faults: list[tuple[Path, str]] = field(default_factory=list)
     dangling: list[tuple[Path, str]] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
+    followed: list[tuple[Path, str]] = field(default_factory=list)
     entries: int = 0
 
 
@@ -145,6 +147,18 @@ def trouble(path: str, error: OSError) -> str:
     return f"{path}: {error.strerror or error}"
 
 
+# Device and inode.
+_Mark = tuple[int, int]
+
+
+class _Link(NamedTuple):
+    order: list[bytes]
+    path: str
+    folder: str  # real path of the folder that it lies in
+    depth: int
+    above: tuple[_Mark, ...]
+
+
 class _File(NamedTuple):
     path: str
     linked: bool
@@ -161,20 +175,20 @@ class _Walk:
         self._bases = [self._real] + ([os.path.realpath(root)] if root is not None else [])
         self._visited: set[str] = set()
         self._files: list[_File] = []
-        self._links: list[tuple[list[bytes], str, str, int]] = []  # heap: order, path, real path of its folder, depth
+        self._links: list[_Link] = []  # a heap: the first by `order` goes first
 
     def run(self) -> Found:
-        self._tree(self._folder, self._real, 0)
+        self._tree(self._folder, self._real, 0, self._marks_above())
         while self._links:
             # one at a time: the tree behind a link may hold the target of the next
-            _, path, here, depth = heapq.heappop(self._links)
+            _, path, here, depth, above = heapq.heappop(self._links)
             target = os.path.realpath(path)
             if linked_above(target, [here, *self._bases]):
                 self.found.left_out.add("leads_back", path)
             elif target in self._visited:
                 self.found.left_out.add("again", path)
-            else:
-                self._tree(path, target, depth)
+            elif self._tree(path, target, depth, above):
+                self.found.followed.append((Path(path), target))
         paths = sorted(self._once(), key=order)
         self.found.files = [Path(path) for path in paths]
         self.found.faults.sort(key=lambda fault: order(fault[0]))
@@ -194,9 +208,21 @@ class _Walk:
                 names.append(entry.name)
         return sorted(names, key=os.fsencode)
 
-    def _tree(self, path: str, real: str, depth: int) -> None:
-        """All real folders from `path` on; links to folders are kept for later."""
-        pending: list[tuple[str, str, int, tuple[tuple[int, int], ...]]] = [(path, real, depth, ())]
+    def _marks_above(self) -> tuple[_Mark, ...]:
+        """Device and inode of the folders from the root to the folder that the walk begins in, that one left out."""
+        marks = []
+        for base in self._bases[1:]:
+            place = self._real
+            while place not in (base, "/") and place.startswith(base):
+                place = os.path.dirname(place)
+                with contextlib.suppress(OSError):
+                    status = os.stat(place)
+                    marks.append((status.st_dev, status.st_ino))
+        return tuple(marks)
+
+    def _tree(self, path: str, real: str, depth: int, above: tuple[_Mark, ...]) -> bool:
+        """All real folders from `path` on; links to folders are kept for later. False where `path` leads back to `above`."""
+        start, pending = path, [(path, real, depth, above)]
         while pending:
             path, real, depth, above = pending.pop()
             if real in self._visited:
@@ -212,17 +238,22 @@ class _Walk:
                 self._fault(path, trouble(path, error))
                 continue
             mark = (status.st_dev, status.st_ino)
-            if status.st_ino and mark in above:  # a mount or a damaged file system that holds itself
+            # not only links do that: mounts, damaged file systems, and names in other letters where they mean the same
+            if status.st_ino and mark in above:
                 self.found.left_out.add("leads_back", path)
+                if path == start:
+                    return False
                 continue
             for entry in self._scan(path):
                 kind, inode = self._kind(entry)
                 if kind == "file" and (self._wanted is None or self._wanted(entry.name)):
                     self._files.append(_File(entry.path, entry.is_symlink(), inode))
                 elif kind == "folder" and entry.is_symlink():
-                    heapq.heappush(self._links, (order(entry.path), entry.path, real, depth + 1))
+                    link = _Link(order(entry.path), entry.path, real, depth + 1, (*above, mark))
+                    heapq.heappush(self._links, link)
                 elif kind == "folder":
                     pending.append((entry.path, os.path.join(real, entry.name), depth + 1, (*above, mark)))
+        return True
 
     def _scan(self, path: str) -> list[os.DirEntry[str]]:
         """The entries of a folder without junk and hidden ones; none where it cannot be read, which is a fault."""

@@ -378,6 +378,13 @@ def test_links_to_classes_and_files_outside_are_followed_and_loops_are_not(tmp_p
     assert listing.train.labels == listing.test.labels == [0, 0, 1, 1, 1, 2, 2, 2]
     assert listing.left_out.counts == {"leads_back": 4, "again": 2}
     assert not listing.faults
+    assert not listing.followed
+    more = tree(tmp_path / "more", ("d",), ("x",), count=1) / "x"
+    (home / "train" / "b" / "more").symlink_to(more)
+    assert (
+        read_layout("folder", home).notes()[0]
+        == f"{home}: followed 1 link to folders elsewhere (train/b/more to {more})"
+    )
 
 
 def test_what_cannot_be_read_is_a_fault_of_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,12 +75,12 @@ def test_a_link_to_a_parent_of_the_set_is_found_from_a_linked_class_too(tmp_path
         ({"a-more": "more"}, [], 1),
         ({"outside.jpg": "{else}/o.jpg"}, ["outside.jpg"], 0),
         ({"o1.jpg": "{else}/o.jpg", "o2.jpg": "{else}/o.jpg"}, ["o1.jpg"], 1),
-        ({"others": "{else}", "o.jpg": "{else}/o.jpg"}, ["others/o.jpg", "others/p/q.jpg"], 1),
-        ({"x1": "{else}/p", "x2": "{else}"}, ["x1/q.jpg", "x2/o.jpg"], 1),
+        ({"others": "{else}", "o.jpg": "{else}/o.jpg"}, ["others/o.jpg", "others/p/q.jpg", "others/p/r.jpg"], 1),
+        ({"x1": "{else}/p", "x2": "{else}"}, ["x1/q.jpg", "x1/r.jpg", "x2/o.jpg"], 1),
     ],
 )
 def test_each_real_file_once_whatever_links_to_it(tmp_path: Path, birds: Path, links, kept, again: int) -> None:
-    other = put(tmp_path / "else", "o.jpg", "p/q.jpg")
+    other = put(tmp_path / "else", "o.jpg", "p/q.jpg", "p/r.jpg")
     for link, target in links.items():
         (birds / link).symlink_to(target.format(**{"else": other}))
     found = walk(birds, root=birds.parents[1])
@@ -335,6 +335,35 @@ def test_a_folder_that_a_file_system_shows_inside_itself_is_not_entered_again(bi
     found = walk(birds)
     assert [p.name for p in found.files] == ["a.jpg", "b.jpg", "c.jpg"]
     assert found.left_out.counts == {"leads_back": 1}
+
+
+def test_a_folder_that_is_one_above_by_its_numbers_is_not_entered(birds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount of the set inside a class, a link in other letters where letters mean the same: another path, equal numbers."""
+    put(birds.parents[1], "elsewhere/f.jpg")
+    (birds / "mount").mkdir()
+    (birds / "link").symlink_to("../../elsewhere")
+    stat = os.stat
+    root, here = stat(birds.parents[1]), stat(birds)
+
+    def same(path, *args, **options):
+        ends = {"mount": root, "link": here}
+        return ends.get(Path(path).name) or stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", same)
+    found = walk(birds, root=birds.parents[1])
+    assert [str(p.relative_to(birds)) for p in found.files] == FIVE
+    assert found.left_out.counts == {"leads_back": 2}
+    assert found.followed == []
+
+
+def test_links_to_folders_elsewhere_are_followed_and_named(tmp_path: Path, birds: Path) -> None:
+    other = put(tmp_path / "else", "o.jpg", "p/q.jpg")
+    (birds / "x").symlink_to(other)
+    (birds / "y").symlink_to(other / "p")
+    (birds / "z").symlink_to("more")
+    found = walk(birds, root=birds.parents[1])
+    assert found.followed == [(birds / "x", str(other.resolve()))]
+    assert found.left_out.counts == {"again": 2}
 
 
 def test_class_folders_are_folders_that_lead_somewhere_else(tmp_path: Path) -> None:
