@@ -72,6 +72,7 @@ class Listing:
 
     faults: what the walk over class folders could not read or follow, each with one line. left_out: what it passed over.
     empty: lines on class folders without a file. followed: links in class folders to folders elsewhere, and their targets.
+    remarks: what else a person should know.
     """
 
     root: Path
@@ -82,10 +83,11 @@ class Listing:
     left_out: LeftOut = field(default_factory=LeftOut)
     empty: list[str] = field(default_factory=list)
     followed: list[tuple[Path, str]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def notes(self) -> list[str]:
         """Lines for a person: links that lead elsewhere, what was left out, class names that look alike."""
-        lines = []
+        lines = [f"{self.root}: {remark}" for remark in self.remarks]
         if self.followed:
             path, target = self.followed[0]
             count = f"{len(self.followed)} links" if len(self.followed) > 1 else "1 link"
@@ -480,7 +482,12 @@ def _folder(root: Path) -> Listing:
             hint += "".join(f"; {line}" for line in _lines_on(scan_train, scan_test))
             classes = some(sorted(names), "class", "classes")
             raise UserError(f"{there} and {here} hold different classes: only {there.name}/ has {classes}{hint}")
-    return _tree(home, train, test, ours, [_class_name(name) for name in ours], (scan_train, scan_test))
+    listing = _tree(home, train, test, ours, [_class_name(name) for name in ours], (scan_train, scan_test))
+    if test.name == "val":
+        listing.remarks.append("the test images are those of val/ (there is no test/)")
+    elif hints.peek(home / "val")[0]:
+        listing.remarks.append("val/ is not used: the test images are those of test/")
+    return listing
 
 
 def _wordnet(name: str, known: dict[str, str]) -> Callable[[Path], Listing]:

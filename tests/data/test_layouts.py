@@ -238,7 +238,9 @@ def test_any_folder_tree(tmp_path: Path) -> None:
             "test": [("0.png", 0), ("1.png", 0), ("0.png", 1), ("1.png", 1)],
         }
     tree(home, ("a", "b"), ("test",), count=1)
-    assert len(read_layout("folder", home).test.files) == 2  # test/ goes before val/
+    both = read_layout("folder", home)
+    assert len(both.test.files) == 2
+    assert f"{home}: val/ is not used: the test images are those of test/" in both.notes()
 
 
 def test_folder_faults(tmp_path: Path) -> None:
@@ -339,7 +341,8 @@ def test_junk_is_no_class_and_is_counted(tmp_path: Path) -> None:
     assert listing.classes == ["a", "b"]
     assert len(listing.train.files) == len(listing.test.files) == 4
     assert listing.left_out.counts == {"junk": 4}
-    (note,) = listing.notes()
+    remark, note = listing.notes()
+    assert remark == f"{home}: the test images are those of val/ (there is no test/)"
     assert note.startswith(f"{home}: left out 4 entries of NAS")
     assert f"({Path('train/@eaDir')}, ...)" in note
 
