@@ -7,6 +7,7 @@ import io
 import math
 import os
 import stat
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -42,6 +43,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# Said once by Pillow for a file that is read all the same; a filter for a block would not be safe among threads.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 Quantization = Literal["round", "truncate"]
 

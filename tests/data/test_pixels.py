@@ -252,10 +252,11 @@ def test_orientations_that_mean_nothing_are_none(tmp_path, value: int) -> None:
     "data", [b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0" + b"x" * 40]
 )
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_damaged_exif_data_are_no_reason_to_refuse_an_image(tmp_path, data: bytes) -> None:
-    Image.new("RGB", (9, 4), (200, 0, 0)).save(tmp_path / "a.jpg", exif=data)
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_damaged_exif_data_are_no_reason_to_refuse_an_image(tmp_path, data: bytes, name: str) -> None:
+    Image.new("RGB", (9, 4), (200, 0, 0)).save(tmp_path / name, exif=data)
     for turn in (False, True):
-        plain, kinds = pixels.decode(tmp_path / "a.jpg", turn=turn)
+        plain, kinds = pixels.decode(tmp_path / name, turn=turn)
         assert (plain.size, kinds) == ((9, 4), ())
 
 
