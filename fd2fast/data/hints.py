@@ -92,7 +92,7 @@ def elsewhere(root: Path, fits: Callable[[Path], bool], instead: Callable[[Path]
     if found := _search(root, fits):
         right = "would be right: name it as the root" if len(found) == 1 else "would be right: name one as the root"
         return f"; {_few([str(p) for p in found])} {right}"
-    if instead is not None and (found := _search(root, instead)):
+    if instead is not None and (found := [root] if instead(root) else _search(root, instead)):
         return f"; {found[0]} holds train/CLASS/* folders: dataset 'folder' with that root reads them"
     return ""
 
@@ -137,11 +137,12 @@ def loose_images(folder: Path) -> str:
     if not images:
         return archives(folder)
     count = f"{len(images)} images" if len(images) < _ENTRIES else f"{_ENTRIES} images or more"
+    lie = "1 image lies" if len(images) == 1 else f"{count} lie"
     tables = [folder / n for n in files if _is_table(n)] + [
         folder.parent / n for n in peek(folder.parent)[1] if _is_table(n)
     ]
     known = f" ({_few([str(t) for t in tables])} may say which class each belongs to)" if tables else ""
-    return f"; {count} lie directly in it, without labels: wanted {folder.name}/CLASS/*, a folder for each class{known}"
+    return f"; {lie} directly in it, without labels: wanted {folder.name}/CLASS/*, a folder for each class{known}"
 
 
 def _is_table(name: str) -> bool:

@@ -59,7 +59,8 @@ def test_official_layouts_are_found_above_and_below(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dataset", ["cub", "aircraft", "cars"])
 def test_class_folders_where_annotations_were_wanted_name_the_other_data_set(tmp_path: Path, dataset: str) -> None:
     home = tree(tmp_path / "car_data" / "car_data", "train", "test")
-    assert f"; {home} holds train/CLASS/* folders: dataset 'folder' with that root" in complaint(tmp_path, dataset)
+    for root in (home, home.parent, tmp_path, home / "test"):
+        assert f"; {home} holds train/CLASS/* folders: dataset 'folder' with that root" in complaint(root, dataset)
 
 
 @pytest.mark.parametrize("archive", ["CUB_200_2011.tgz", "archive.zip", "images.TAR.GZ", "set.7z", "train.tar"])
