@@ -119,8 +119,15 @@ def _plain(value: Any) -> Any:
 
 
 def config_dict(config: Any) -> dict[str, Any]:
-    """The fields of a config that decide the result; fields marked metadata={"result": False} are left out."""
-    fields = [f for f in dataclasses.fields(config) if f.metadata.get("result", True)]
+    """The fields of a config that decide the result; fields marked metadata={"result": False} are left out.
+
+    Those marked metadata={"added": True}, which earlier versions did not know, are left out at their default.
+    """
+    fields = [
+        f
+        for f in dataclasses.fields(config)
+        if f.metadata.get("result", True) and not (f.metadata.get("added") and getattr(config, f.name) == f.default)
+    ]
     return json.loads(json.dumps({f.name: getattr(config, f.name) for f in fields}, default=_plain))
 
 

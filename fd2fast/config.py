@@ -18,6 +18,11 @@ def _runtime(default: Any) -> Any:
     return field(default=default, metadata={"result": False})
 
 
+def _added(default: Any) -> Any:
+    """An option that came later: not part of the identity at its default, so that earlier results keep theirs."""
+    return field(default=default, metadata={"added": True})
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, at which size."""
@@ -30,6 +35,10 @@ class DataConfig:
     size: int = 64
     # A file that is no readable image: stop and name it, or skip it and list it in the manifest.
     bad_images: Literal["error", "skip"] = "error"
+    # EXIF orientation of photos: ignore it, as torchvision does (the data set is then trained on as stored), or apply it.
+    exif: Literal["ignore", "apply"] = _added("ignore")
+    # aircraft: which of its three levels is the class: variant (100), family (70) or manufacturer (30).
+    level: Literal["variant", "family", "manufacturer"] = _added("variant")
     # Channel means in [0, 1]; None: the known value of the data set, else measured on the training images.
     mean: tuple[float, float, float] | None = None
     # Channel standard deviations; None: as for the mean.

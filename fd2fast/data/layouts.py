@@ -10,10 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from fd2fast.errors import UserError
+from fd2fast.data import hints
+from fd2fast.data.walk import Found, LeftOut, class_folders, is_junk, trouble, walk
+from fd2fast.errors import UserError, nearest
 
 SHOWN = 20
-_IGNORED = ("thumbs.db", "desktop.ini")
+# Entries of all class folders together; ImageNet-21k, the largest set in use, has 14 million images.
+MOST_ENTRIES = 40_000_000
+# FGVC-Aircraft's levels: the file of its names, and the word in the names of its image lists.
+LEVELS = {"variant": "variants.txt", "family": "families.txt", "manufacturer": "manufacturers.txt"}
 
 NETTE = {
     "n01440764": "tench",
@@ -63,39 +68,83 @@ class Split:
 
 @dataclass(frozen=True)
 class Listing:
-    """A data set found on disk. `root`: the folder that holds it; label k means classes[k]."""
+    """A data set found on disk. `root`: the folder that holds it; label k means classes[k].
+
+    faults: what the walk over class folders could not read or follow, each with one line. left_out: what it passed over.
+    empty: lines on class folders without a file. followed: links in class folders to folders elsewhere, and their targets.
+    remarks: what else a person should know.
+    """
 
     root: Path
     classes: list[str]
     train: Split
     test: Split
+    faults: list[tuple[Path, str]] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
+    empty: list[str] = field(default_factory=list)
+    followed: list[tuple[Path, str]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """Lines for a person: links that lead elsewhere, what was left out, class names that look alike."""
+        lines = [f"{self.root}: {remark}" for remark in self.remarks]
+        if self.followed:
+            path, target = self.followed[0]
+            count = f"{len(self.followed)} links" if len(self.followed) > 1 else "1 link"
+            lines.append(
+                f"{self.root}: followed {count} to folders elsewhere ({os.path.relpath(path, self.root)} to {target})"
+            )
+        if text := self.left_out.say(self.root):
+            lines.append(f"{self.root}: left out {text}")
+        if pairs := hints.look_alikes(self.classes):
+            alike = hints.say_look_alikes(pairs)
+            lines.append(f"{self.root}: class names that look alike are classes of their own: {alike}")
+        return lines
 
 
-def read_layout(dataset: str, root: Path | str | None) -> Listing:
+def read_layout(dataset: str, root: Path | str | None, *, level: str = "variant") -> Listing:
     """List a data set (cub, aircraft, cars, imagenette, imagewoof, folder) below `root`, its own folder or the parent.
 
-    Only annotation files and folder names are read, no image. Raises UserError naming what is missing or wrong: a folder, an
-    annotation file, a line of one, a label out of range, a class without images, splits of different classes.
+    level: aircraft's labels, one of LEVELS. Only annotation files and folder names are read, no image. Raises UserError naming
+    what is missing or wrong: a folder, an annotation file, a line of one, a label out of range, a class without images, splits
+    of different classes; and, where it can be seen, which folder or file would be right.
     """
     if root is None:
         raise UserError(f"data set {dataset!r} needs a root: the folder that holds it in its official layout")
     root = Path(root).expanduser()
-    if not root.is_dir():
-        raise UserError(
-            f"{root} {'is not a folder' if root.exists() else 'does not exist'}; wanted the {dataset} data set"
-        )
-    listing = _READERS[dataset](root)
+    try:
+        _must_be_folder(root, dataset)
+        listing = _aircraft(root, level) if dataset == "aircraft" else _READERS[dataset](root)
+    except OSError as error:
+        raise UserError(trouble(str(error.filename or root), error)) from error
     for name, split in (("training", listing.train), ("test", listing.test)):
-        missing_images(listing.classes, split.labels, name, listing.root)
+        missing_images(listing.classes, split.labels, name, listing.root, _why_none(listing))
     return listing
 
 
-def missing_images(classes: list[str], labels: Iterable[int], split: str, root: Path) -> None:
-    """UserError that names the classes without any image in `labels`."""
+def _must_be_folder(root: Path, dataset: str) -> None:
+    if root.is_dir():
+        return
+    wanted = f"wanted the folder of the {dataset} data set"
+    if not root.exists():
+        raise UserError(f"{root} does not exist; {wanted}{hints.neighbour(root)}")
+    if hints.is_archive(root):
+        raise UserError(f"{root} is not a folder but an archive: unpack it and name the folder; {wanted}")
+    raise UserError(f"{root} is not a folder; {wanted}")
+
+
+def _why_none(listing: Listing) -> str:
+    """What may be why a class has no images: faults of the walk, else what its folder holds."""
+    reasons = [text for _, text in listing.faults] or listing.empty
+    return "".join(f"; {text}" for text in reasons[:SHOWN])
+
+
+def missing_images(classes: list[str], labels: Iterable[int], split: str, root: Path, why: str = "") -> None:
+    """UserError that names the classes without any image in `labels`; `why` goes behind it."""
     counts = np.bincount(np.fromiter(labels, dtype=np.int64), minlength=len(classes))
     empty = [classes[k] for k in np.flatnonzero(counts == 0)]
     if empty:
-        raise UserError(f"{root}: no {split} images in {some(empty, 'class', 'classes')}")
+        raise UserError(f"{root}: no {split} images in {some(empty, 'class', 'classes')}{why}")
 
 
 def some(items: list[str], one: str, many: str) -> str:
@@ -108,11 +157,14 @@ def some(items: list[str], one: str, many: str) -> str:
 
 def _home(root: Path, names: tuple[str, ...], markers: tuple[str, ...], what: str) -> Path:
     """`root` or the one folder in it that holds any of `markers`; well-known `names` go first."""
-    candidates = [root, *(root / name for name in names)]
-    for candidate in candidates:
-        if any((candidate / marker).exists() for marker in markers):
+
+    def fits(folder: Path) -> bool:
+        return any((folder / marker).exists() for marker in markers)
+
+    for candidate in (root, *(root / name for name in names)):
+        if fits(candidate):
             return candidate
-    others = [p for p in sorted(root.iterdir()) if p.is_dir() and any((p / marker).exists() for marker in markers)]
+    others = [p for p in sorted(root.iterdir()) if not is_junk(p.name) and p.is_dir() and fits(p)]
     if len(others) > 1:
         raise UserError(
             f"{root} holds several {what} folders ({', '.join(p.name for p in others)}): name one as the root"
@@ -120,20 +172,36 @@ def _home(root: Path, names: tuple[str, ...], markers: tuple[str, ...], what: st
     if others:
         return others[0]
     inner = f"{names[0]}/" if names else "one folder of it"
-    raise UserError(f"{root} does not hold {what}: wanted {' or '.join(markers)} in it or in {inner}")
+    tree = markers == ("train",)
+    hint = (hints.misnamed_split(root, training=True) if tree else "") or hints.elsewhere(
+        root, _is_tree if tree else fits, None if tree else _is_tree
+    )
+    hint = hint or hints.archives(root) or (hints.loose_images(root) if tree else "")
+    raise UserError(f"{root} does not hold {what}: wanted {' or '.join(markers)} in it or in {inner}{hint}")
+
+
+def _is_tree(folder: Path) -> bool:
+    """Whether it holds class folders of both splits."""
+    return any(hints.peek(folder / "train")[0]) and any(hints.peek(folder / name)[0] for name in ("test", "val"))
 
 
 def _need(path: Path, what: str) -> Path:
     if not path.exists():
-        raise UserError(f"{path} is missing: {what}")
+        raise UserError(f"{path} is missing: {what}{hints.neighbour(path) or hints.archives(path.parent)}")
     return path
+
+
+def _need_file(path: Path, what: str) -> None:
+    """UserError unless it is a regular file: a pipe or a device would be waited for without end."""
+    if not _need(path, what).is_file():
+        raise UserError(f"{path} is not a regular file; wanted {what}")
 
 
 def _lines(path: Path, what: str) -> list[tuple[int, str]]:
     """Lines that are not blank with their number, from 1."""
-    _need(path, what)
+    _need_file(path, what)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         text = path.read_text(encoding="latin-1")
     except OSError as error:
@@ -164,8 +232,10 @@ def _integer(path: Path, number: int, text: str, low: int, high: int, what: str)
 
 
 def _below(folder: Path, name: str, where: str) -> Path:
-    """folder / name; a name that leads outside is refused."""
+    """folder / name; a name that leads outside, or that no file can have, is refused."""
     path = folder / name
+    if "\0" in name:
+        raise UserError(f"{where}: {name!r} holds a NUL character, which no file name can")
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise UserError(f"{where}: {name!r} leads out of {folder}")
     return path
@@ -199,8 +269,12 @@ def _cub(root: Path) -> Listing:
     return Listing(home, classes, train, test)
 
 
-def _aircraft(root: Path) -> Listing:
-    markers = ("variants.txt", "images_variant_trainval.txt")
+def _aircraft(root: Path, level: str) -> Listing:
+    if level not in LEVELS:
+        raise UserError(f"unknown level {level!r} of aircraft: {nearest(level, LEVELS)}")
+    names = LEVELS[level]
+    lists = {split: f"images_{level}_{split}.txt" for split in ("trainval", "test")}
+    markers = (names, lists["trainval"])
     if any((root / m).exists() for m in markers):
         data = root
     else:
@@ -211,33 +285,33 @@ def _aircraft(root: Path) -> Listing:
             "FGVC-Aircraft (fgvc-aircraft-2013b)",
         )
         data = home / "data"
-    variants = _lines(data / "variants.txt", "one variant a line")
-    classes = [name for _, name in variants]
+    lines = _lines(data / names, f"one {level} a line")
+    classes = [name for _, name in lines]
     index = {name: k for k, name in enumerate(classes)}
     if len(index) != len(classes):
-        repeated = next((n, v) for k, (n, v) in enumerate(variants) if v in classes[:k])
-        raise UserError(f"{data / 'variants.txt'}, line {repeated[0]}: variant {repeated[1]!r} appears twice")
+        repeated = next((n, v) for k, (n, v) in enumerate(lines) if v in classes[:k])
+        raise UserError(f"{data / names}, line {repeated[0]}: {level} {repeated[1]!r} appears twice")
     images = _need(data / "images", "the folder of the images")
 
     def read(name: str) -> Split:
         file, split = data / name, Split()
-        for number, line in _lines(file, "an image id and a variant on each line"):
-            image, _, variant = line.partition(" ")
-            if variant.strip() not in index:
+        for number, line in _lines(file, f"an image id and a {level} on each line"):
+            image, _, label = line.partition(" ")
+            if label.strip() not in index:
                 raise UserError(
-                    f"{file}, line {number}: variant {variant.strip()!r} is not one of the {len(classes)} in variants.txt"
+                    f"{file}, line {number}: {level} {label.strip()!r} is not one of the {len(classes)} in {names}"
                 )
             split.files.append(_below(images, f"{image}.jpg", f"{file}, line {number}"))
-            split.labels.append(index[variant.strip()])
+            split.labels.append(index[label.strip()])
         return split
 
-    return Listing(data, classes, read("images_variant_trainval.txt"), read("images_variant_test.txt"))
+    return Listing(data, classes, read(lists["trainval"]), read(lists["test"]))
 
 
 def _mat(path: Path, what: str) -> dict[str, Any]:
     from scipy.io import loadmat
 
-    _need(path, what)
+    _need_file(path, what)
     try:
         return loadmat(path, squeeze_me=True)
     except Exception as error:  # scipy raises many kinds for a damaged file
@@ -298,6 +372,18 @@ def _cars_devkit(home: Path) -> Listing:
     def need(name: str) -> Path:
         return find(name) or _need(home / "devkit" / name, "an annotation file of the devkit (in devkit/ or beside it)")
 
+    wanted = ("cars_meta.mat", "cars_train_annos.mat", "cars_test_annos_withlabels.mat")
+    if not any(find(name) for name in (*wanted, "cars_test_annos.mat")):
+        single = "; cars_annos.mat belongs to car_ims/, which is missing" if (home / "cars_annos.mat").exists() else ""
+        hint = (
+            hints.lies_in(home, wanted, home / "devkit")
+            or hints.archives(home)
+            or hints.elsewhere(home, lambda p: (p / "cars_annos.mat").exists(), _is_tree)
+        )
+        raise UserError(
+            f"{home} holds no annotations of Stanford Cars' images: wanted cars_annos.mat for car_ims/, or in devkit/ "
+            f"{', '.join(wanted)} for cars_train/ and cars_test/{single}{hint}"
+        )
     meta = need("cars_meta.mat")
     classes = _class_names(_mat(meta, "class names").get("class_names"), meta)
 
@@ -320,20 +406,21 @@ def _cars_devkit(home: Path) -> Listing:
     return Listing(home, classes, read(need("cars_train_annos.mat"), "cars_train"), read(labelled, "cars_test"))
 
 
-def _class_folders(folder: Path) -> list[str]:
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _class_folders(folder: Path, home: Path) -> tuple[list[str], Found]:
+    names, found = class_folders(folder, home)
     if not names:
-        raise UserError(f"{folder} holds no class folders")
-    return names
+        found.left_out.counts.pop("beside", None)
+        left_out = found.left_out.say(home)
+        reasons = [*_lines_on(found), f"left out: {left_out}"] if left_out else _lines_on(found)
+        others = hints.other_test(folder, hints.peek(home / "train")[0]) if folder.name != "train" else ""
+        said = "".join(f"; {reason}" for reason in reasons)
+        raise UserError(f"{folder} holds no class folders{said}{hints.loose_images(folder)}{others}")
+    return names, found
 
 
-def _files(folder: Path) -> list[Path]:
-    """Every file below a class folder but hidden ones, sorted by path."""
-    found = []
-    for here, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(here) / n for n in names if not n.startswith(".") and n.lower() not in _IGNORED]
-    return sorted(found)
+def _lines_on(*found: Found) -> list[str]:
+    """The lines on everything that could not be read or followed."""
+    return [text for one in found for _, text in (*one.faults, *one.dangling)]
 
 
 def _split_folders(root: Path, names: tuple[str, ...], what: str) -> tuple[Path, Path, Path]:
@@ -341,30 +428,66 @@ def _split_folders(root: Path, names: tuple[str, ...], what: str) -> tuple[Path,
     home = _home(root, names, ("train",), what)
     test = next((home / n for n in ("test", "val") if (home / n).is_dir()), None)
     if test is None:
-        raise UserError(f"{home} holds train/ but neither test/ nor val/")
-    return home, _need(home / "train", "the folder of the training images"), test
+        hint = hints.misnamed_split(home, training=False) or hints.archives(home)
+        raise UserError(f"{home} holds train/ but neither test/ nor val/{hint}")
+    train = _need(home / "train", "the folder of the training images")
+    if not train.is_dir():
+        raise UserError(f"{train} is not a folder; wanted the folder of the training images{hints.archives(home)}")
+    return home, train, test
 
 
-def _tree(home: Path, train: Path, test: Path, folders: list[str], classes: list[str]) -> Listing:
-    splits = []
+def _tree(
+    home: Path, train: Path, test: Path, folders: list[str], classes: list[str], scans: tuple[Found, ...]
+) -> Listing:
+    """Every file of every class folder; `scans`: what was found of the folders that hold them."""
+    splits, found, empty = [], list(scans), []
     for folder in (train, test):
         split = Split()
         for label, name in enumerate(folders):
-            files = _files(folder / name)
-            split.files.extend(files)
-            split.labels.extend([label] * len(files))
+            below = walk(folder / name, root=home)
+            split.files.extend(below.files)
+            split.labels.extend([label] * len(below.files))
+            found.append(below)
+            if (entries := sum(one.entries for one in found)) > MOST_ENTRIES:
+                raise UserError(
+                    f"{home} holds more than {entries} entries: is a link in it one to something else? remove it"
+                )
+            if not below.files:
+                empty.append(f"{folder / name} holds only {below.left_out.say(home) or 'folders or nothing'}")
         splits.append(split)
-    return Listing(home, classes, *splits)
+    left_out = LeftOut()
+    for one in found:
+        left_out.merge(one.left_out)
+    faults = [fault for one in found for fault in (*one.faults, *one.dangling)]
+    followed = [link for one in found for link in one.followed]
+    return Listing(home, classes, splits[0], splits[1], faults, left_out, empty, followed)
+
+
+def _class_name(folder: str) -> str:
+    """A folder's name as it reads in UTF-8, whatever the locale is."""
+    return os.fsencode(folder).decode("utf-8", "surrogateescape")
 
 
 def _folder(root: Path) -> Listing:
     home, train, test = _split_folders(root, (), "a folder data set (train/CLASS/*, test/CLASS/*)")
-    ours, theirs = _class_folders(train), _class_folders(test)
+    (ours, scan_train), (theirs, scan_test) = _class_folders(train, home), _class_folders(test, home)
+    if hint := hints.too_deep(train, ours):
+        raise UserError(f"{train} holds one class{hint}")
     for there, here, names in ((train, test, set(ours) - set(theirs)), (test, train, set(theirs) - set(ours))):
         if names:
+            pairs = [p for p in hints.look_alikes([*ours, *sorted(set(theirs) - set(ours))]) if names & set(p[:2])]
+            hint = (
+                f"; {hints.say_look_alikes(pairs)}: rename the folders alike" if pairs else hints.other_test(test, ours)
+            )
+            hint += "".join(f"; {line}" for line in _lines_on(scan_train, scan_test))
             classes = some(sorted(names), "class", "classes")
-            raise UserError(f"{there} and {here} hold different classes: only {there.name}/ has {classes}")
-    return _tree(home, train, test, ours, ours)
+            raise UserError(f"{there} and {here} hold different classes: only {there.name}/ has {classes}{hint}")
+    listing = _tree(home, train, test, ours, [_class_name(name) for name in ours], (scan_train, scan_test))
+    if test.name == "val":
+        listing.remarks.append("the test images are those of val/ (there is no test/)")
+    elif hints.peek(home / "val")[0]:
+        listing.remarks.append("val/ is not used: the test images are those of test/")
+    return listing
 
 
 def _wordnet(name: str, known: dict[str, str]) -> Callable[[Path], Listing]:
@@ -374,23 +497,25 @@ def _wordnet(name: str, known: dict[str, str]) -> Callable[[Path], Listing]:
         if len(present) > 1 and not (root / "train").is_dir():
             raise UserError(f"{root} holds several {name} folders ({', '.join(present)}): name one as the root")
         home, train, test = _split_folders(root, versions, name)
+        scans = []
         for folder in (train, test):
-            found = _class_folders(folder)
+            found, scan = _class_folders(folder, home)
+            scans.append(scan)
             if strange := [f for f in found if f not in known]:
                 folders = some(strange, "folder", "folders")
                 raise UserError(
                     f"{folder}: {folders} do not belong to {name} (use dataset 'folder' for any other tree)"
                 )
             if lacking := [f"{k} ({v})" for k, v in known.items() if k not in found]:
-                raise UserError(f"{folder} lacks {some(lacking, 'class', 'classes')}")
-        return _tree(home, train, test, sorted(known), [known[k] for k in sorted(known)])
+                said = "".join(f"; {line}" for line in _lines_on(scan))
+                raise UserError(f"{folder} lacks {some(lacking, 'class', 'classes')}{said}")
+        return _tree(home, train, test, sorted(known), [known[k] for k in sorted(known)], tuple(scans))
 
     return read
 
 
 _READERS: dict[str, Callable[[Path], Listing]] = {
     "cub": _cub,
-    "aircraft": _aircraft,
     "cars": _cars,
     "imagenette": _wordnet("imagenette", NETTE),
     "imagewoof": _wordnet("imagewoof", WOOF),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import io
 import math
+import os
+import stat
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, TiffImagePlugin, WebPImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont, TiffImagePlugin, WebPImagePlugin
 
 from fd2fast.artifacts import atomic_path, write_bytes
 from fd2fast.errors import UserError
@@ -29,6 +32,20 @@ FORMATS = (
     WebPImagePlugin.WebPImageFile.format,
 )
 CONVERSIONS = ("grey", "palette", "cmyk", "alpha", "16bit", "other")
+# Said of a file beside the conversions: its EXIF orientation is not the one that it is stored in.
+ORIENTED = "oriented"
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Said once by Pillow for a file that is read all the same; a filter for a block would not be safe among threads.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 Quantization = Literal["round", "truncate"]
 
@@ -116,21 +133,28 @@ def save_image(path: Path | str, image: torch.Tensor | np.ndarray, format: Liter
     write_bytes(path, encode(image, kind))
 
 
-def decode(path: Path | str) -> tuple[Image.Image, tuple[str, ...]]:
-    """The file as an RGB Pillow image, and which of CONVERSIONS it took.
+def decode(path: Path | str, *, turn: bool = False) -> tuple[Image.Image, tuple[str, ...]]:
+    """The file as an RGB Pillow image, and which of CONVERSIONS it took, then ORIENTED if it has an EXIF orientation.
 
     Alpha and transparent colours are composited on white; 16 bits are scaled to 8; EXIF orientation is ignored, as
-    torchvision's ImageFolder does. Raises UserError that names the file when it is missing, empty, truncated, no image of a
-    known format, or larger than MAX_PIXELS.
+    torchvision's ImageFolder does, unless `turn` (Pillow always applies that of a TIFF). Raises UserError that names the file
+    when it is missing, no regular file (it is not opened then), empty, truncated, no image of a known format, or larger than
+    MAX_PIXELS.
     """
     path = Path(path)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path}: not a file but {'a folder' if path.is_dir() else 'a pipe, socket or device'}")
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
                     f"{path}: {image.width} x {image.height} pixels are more than the {MAX_PIXELS} that one file may hold"
                 )
-            return _to_rgb(image)
+            rgb, kinds = _to_rgb(image)
+            orientation = _orientation(image)
+            if orientation is None:
+                return rgb, kinds
+            return rgb.transpose(_TURNS[orientation]) if turn else rgb, (*kinds, ORIENTED)
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -143,7 +167,7 @@ def decode(path: Path | str) -> tuple[Image.Image, tuple[str, ...]]:
 
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return "no such file"
+        return f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "no such file"
     if isinstance(error, OSError) and error.errno:
         return error.strerror or str(error)
     if path.is_file() and path.stat().st_size == 0:
@@ -153,6 +177,15 @@ def _reason(path: Path, error: Exception) -> str:
     if "truncated" in str(error).lower():
         return "the image is truncated"
     return f"cannot be decoded ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """EXIF orientation 2 to 8 of a loaded image; None where there is none, a damaged one, or the usual 1."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+        return value if value in _TURNS else None
+    except Exception:  # damaged EXIF data raise many kinds of errors and are no reason to refuse an image
+        return None
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -16,14 +17,19 @@ import numpy as np
 from fd2fast.artifacts import Artifact, Stage, atomic_path, open_stage, write_json, write_npy
 from fd2fast.config import DATASETS, DataConfig
 from fd2fast.data import typefaces
-from fd2fast.data.layouts import SHOWN, STATISTICS, Listing, missing_images, read_layout
-from fd2fast.data.pixels import CONVERSIONS, decode, grid, resized
+from fd2fast.data.layouts import LEVELS, SHOWN, STATISTICS, Listing, missing_images, read_layout
+from fd2fast.data.pixels import CONVERSIONS, ORIENTED, decode, grid, resized
+from fd2fast.data.walk import LeftOut
 from fd2fast.errors import UserError, nearest
 from fd2fast.progress import Progress
 
 _CHUNK = 256
-_DONE = 1  # bit 0 of a row's status; CONVERSIONS follow from bit 1
+_DONE = 1  # bit 0 of a row's status; _MARKS follow from bit 1
+_MARKS = (*CONVERSIONS, ORIENTED)
 _SPLITS = ("train", "test")
+_EXIF = ("ignore", "apply")
+
+log = logging.getLogger("fd2fast")
 
 
 def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> Artifact:
@@ -43,14 +49,18 @@ def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> 
     extra: dict[str, Any] = {}
     with _forgotten_on_user_error(stage):
         if config.dataset == "typefaces":
-            faces = typefaces.choose(config.classes, config.fonts)
+            faces = typefaces.choose(config.classes, config.fonts, skip=config.bad_images == "skip")
         else:
-            listing = read_layout(config.dataset, config.root)
+            listing = read_layout(config.dataset, config.root, level=config.level)
+            if listing.faults and config.bad_images == "error":
+                raise UserError(_all_bad(listing.faults, "file or folder", "files or folders"))
     if config.dataset == "typefaces":
         extra["fonts"] = typefaces.render_set(config, faces, stage.path / "images")
         listing = read_layout("folder", stage.path / "images")
-    rows = _Rows(stage.state, listing, config.size)
-    bad = rows.decode_all(listing)
+    for note in listing.notes():
+        log.warning("%s", note)
+    rows = _Rows(stage.state, listing, config.size, config.exif)
+    bad = [*listing.faults, *rows.decode_all(listing)]
     if bad and config.bad_images == "error":
         with _forgotten_on_user_error(stage):
             raise UserError(_all_bad(bad))
@@ -65,6 +75,12 @@ def check(config: DataConfig) -> None:
         raise UserError(f"size must be at least 8 pixels, got {config.size}")
     if config.bad_images not in ("error", "skip"):
         raise UserError(f"bad_images must be 'error' or 'skip', got {config.bad_images!r}")
+    if config.exif not in _EXIF:
+        raise UserError(f"exif must be 'ignore' or 'apply', got {config.exif!r}")
+    if config.level not in LEVELS:
+        raise UserError(f"unknown level {config.level!r} of aircraft: {nearest(str(config.level), LEVELS)}")
+    if config.level != "variant" and config.dataset != "aircraft":
+        raise UserError(f"level {config.level!r} is one of the data set aircraft; {config.dataset} has no levels")
     for name, values, low in (("mean", config.mean, 0.0), ("std", config.std, 1e-6)):
         if values is not None and (len(values) != 3 or not all(math.isfinite(v) and low <= v <= 1 for v in values)):
             raise UserError(f"{name} must be three numbers in [{low:g}, 1] (of images in [0, 1]), got {values}")
@@ -93,18 +109,18 @@ def _forgotten_on_user_error(stage: Stage) -> Iterator[None]:
         raise
 
 
-def _all_bad(bad: list[tuple[Path, str]]) -> str:
+def _all_bad(bad: list[tuple[Path, str]], one: str = "image", many: str = "images") -> str:
     shown = "\n".join(f"  {reason}" for _, reason in bad[:SHOWN])
     more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    count = "one image cannot" if len(bad) == 1 else f"{len(bad)} images cannot"
+    count = f"one {one} cannot" if len(bad) == 1 else f"{len(bad)} {many} cannot"
     return f"{count} be read (repair or remove, or set bad_images to 'skip'):\n{shown}{more}"
 
 
 class _Rows:
     """Decoded images of both splits as rows of arrays in the state folder, with one status byte each."""
 
-    def __init__(self, state: Path, listing: Listing, size: int):
-        self._state, self._size = state, size
+    def __init__(self, state: Path, listing: Listing, size: int, exif: str):
+        self._state, self._size, self._exif = state, size, exif
         self.files = {name: getattr(listing, name).files for name in _SPLITS}
         self.images: dict[str, np.ndarray] = {}
         self.status: dict[str, np.ndarray] = {}
@@ -131,7 +147,7 @@ class _Rows:
             images.flush()
             done.flush()
             index.unlink(missing_ok=True)
-        write_json(index, {"size": self._size, "keys": keys})
+        write_json(index, {"size": self._size, "exif": self._exif, "keys": keys})
         self.images[split] = np.load(pixels, mmap_mode="r+")
         self.status[split] = np.load(status, mmap_mode="r+")
 
@@ -143,7 +159,8 @@ class _Rows:
                 os.replace(final, pixels)
             images = np.load(pixels, mmap_mode="r+")
             status = np.load(self._state / f"{split}_status.npy", mmap_mode="r+")
-            if known["size"] == self._size and len(known["keys"]) == len(images) == len(status):
+            same = known["size"] == self._size and known.get("exif", _EXIF[0]) == self._exif
+            if same and len(known["keys"]) == len(images) == len(status):
                 return known["keys"], images, status
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -159,11 +176,11 @@ class _Rows:
             split, row = job
             path = self.files[split][row]
             try:
-                image, kinds = decode(path)
+                image, kinds = decode(path, turn=True) if self._exif == "apply" else decode(path)
             except UserError as error:
                 return path, str(error)
             self.images[split][row] = resized(image, self._size)
-            return split, row, _DONE | sum(2 << CONVERSIONS.index(kind) for kind in kinds)
+            return split, row, _DONE | sum(2 << _MARKS.index(kind) for kind in kinds)
 
         with (
             ThreadPoolExecutor(
@@ -189,8 +206,15 @@ class _Rows:
 
     def converted(self) -> dict[str, int]:
         """How many images each conversion was applied to."""
+        return {kind: self._count(kind) for kind in CONVERSIONS}
+
+    def oriented(self) -> int:
+        """How many images have an EXIF orientation other than the one they are stored in."""
+        return self._count(ORIENTED)
+
+    def _count(self, mark: str) -> int:
         marks = np.concatenate([self.status[split] for split in _SPLITS])
-        return {kind: int(((marks >> (n + 1)) & 1).sum()) for n, kind in enumerate(CONVERSIONS)}
+        return int(((marks >> (_MARKS.index(mark) + 1)) & 1).sum())
 
     def move(self, split: str, keep: np.ndarray, target: Path) -> None:
         """The kept rows as the final array: moved when they are all, copied otherwise."""
@@ -237,7 +261,7 @@ def _finish(
     shown = rows.images["train"][np.flatnonzero(kept["train"])[samples.reshape(-1)]]
     names = [listing.classes[k] for k in labels["train"][samples[:, 0]]]
     grid(shown, samples.shape[1], titles=names, scale=max(1, 64 // config.size), path=stage.path / "preview.png")
-    converted = rows.converted()
+    converted, oriented = rows.converted(), rows.oriented()
     for split in _SPLITS:
         write_npy(stage.path / f"{split}_labels.npy", labels[split])
         rows.move(split, kept[split], stage.path / f"{split}_images.npy")
@@ -250,7 +274,16 @@ def _finish(
         "statistics": source,
         **extra,
     }
-    return stage.finish(classes=listing.classes, size=config.size, mean=mean, std=std, facts=facts)
+    measured = {"left_out": listing.left_out.counts, "oriented": oriented}
+    if oriented:
+        log.warning("%s: %s", listing.root, _say_oriented(oriented, config.exif))
+    return stage.finish(classes=listing.classes, size=config.size, mean=mean, std=std, facts=facts, measured=measured)
+
+
+def _say_oriented(count: int, exif: str) -> str:
+    images = "1 image has" if count == 1 else f"{count} images have"
+    done = "it was applied" if exif == "apply" else "it is ignored, as torchvision does (exif 'apply' turns them)"
+    return f"{images} an EXIF orientation: {done}"
 
 
 def _statistics(config: DataConfig, images: np.ndarray, keep: np.ndarray) -> tuple[tuple, tuple, dict[str, str]]:
@@ -324,4 +357,8 @@ def describe(dataset: Artifact) -> str:
         lines.append(
             f"  skipped   {len(skipped)}: {', '.join(skipped[:SHOWN])}{' ...' if len(skipped) > SHOWN else ''}"
         )
+    if oriented := dataset.measured.get("oriented"):
+        lines.append(f"  turned    {_say_oriented(oriented, dataset.config.get('exif', _EXIF[0]))}")
+    if left_out := LeftOut(dataset.measured.get("left_out", {})).say():
+        lines.append(f"  left out  {left_out}")
     return "\n".join(lines)

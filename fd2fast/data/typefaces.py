@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import math
 import os
 import re
@@ -21,9 +22,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fd2fast.config import DataConfig
+from fd2fast.data.walk import walk
 from fd2fast.errors import UserError
 from fd2fast.progress import Progress, track
 from fd2fast.seeding import numpy_generator
+
+log = logging.getLogger("fd2fast")
 
 SUFFIXES = (".ttf", ".otf", ".ttc", ".otc", ".woff2", ".woff")
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -100,13 +104,14 @@ def builtin_folder() -> Path:
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
-def choose(classes: int, folder: Path | str | None = None) -> list[Face]:
+def choose(classes: int, folder: Path | str | None = None, *, skip: bool = False) -> list[Face]:
     """`classes` distinct Latin faces below `folder` (None: matplotlib's), spread over families first, always the same ones.
 
-    Raises UserError when the folder is missing or holds fewer, with the count found.
+    Raises UserError when the folder is missing or holds fewer, with the count found, and for one that cannot be read below it
+    (unless `skip`: it is then only said).
     """
     place = Path(folder).expanduser() if folder is not None else builtin_folder()
-    faces, dropped = find_faces(place)
+    faces, dropped = find_faces(place, skip=skip)
     if len(faces) < classes:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
         more = "" if folder is not None else "; fonts may name a folder with more"
@@ -121,7 +126,7 @@ def choose(classes: int, folder: Path | str | None = None) -> list[Face]:
     return sorted(rounds[:classes], key=lambda face: face.name)
 
 
-def find_faces(folder: Path) -> tuple[list[Face], dict[str, int]]:
+def find_faces(folder: Path, *, skip: bool = False) -> tuple[list[Face], dict[str, int]]:
     """Usable faces below a folder (links followed), look-alikes once, regular styles first; and why others were left out.
 
     A face is usable when a-z, A-Z and 0-9 are there and most letters, as drawn, look like Latin letters (symbol and other
@@ -133,12 +138,7 @@ def find_faces(folder: Path) -> tuple[list[Face], dict[str, int]]:
         )
     dropped = {"unreadable": 0, "without all Latin letters and digits": 0, "not Latin letters": 0, "look-alikes": 0}
     found: list[Face] = []
-    files = sorted(
-        Path(here) / name
-        for here, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(SUFFIXES)
-    )
+    files = _font_files(folder, skip, dropped)
     if not files:
         raise UserError(f"{folder} holds no font files ({', '.join(SUFFIXES)})")
     for path in track(files, "typefaces", unit="file") if len(files) > 100 else files:
@@ -158,6 +158,24 @@ def find_faces(folder: Path) -> tuple[list[Face], dict[str, int]]:
     kept = _distinct(found)
     dropped["look-alikes"] = len(found) - len(kept)
     return _named(kept), dropped
+
+
+def _font_files(folder: Path, skip: bool, dropped: dict[str, int]) -> list[Path]:
+    """Font files below a folder, hidden ones too; links without a target count as unreadable."""
+    below = walk(folder, hidden=True, wanted=_is_font)
+    dropped["unreadable"] += sum(_is_font(path.name) for path, _ in below.dangling)
+    if text := below.left_out.say(folder):
+        log.info("%s: left out %s", folder, text)
+    if below.faults:
+        lines = "; ".join(text for _, text in below.faults[:5]) + (" ..." if len(below.faults) > 5 else "")
+        if not skip:
+            raise UserError(f"fonts below {folder} cannot all be read (bad_images 'skip' goes on without): {lines}")
+        log.warning("fonts left out: %s", lines)
+    return below.files
+
+
+def _is_font(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
 
 
 def _style_rank(style: str) -> int:
@@ -277,12 +295,12 @@ def _distinct(faces: list[Face]) -> list[Face]:
 
 
 def _named(faces: list[Face]) -> list[Face]:
-    """Class names from family and style, fit for folders, made unique by a number."""
+    """Class names from family and style, fit for folders (100 letters, digits and hyphens at most), made unique by a number."""
     seen: dict[str, int] = {}
     named = []
     for face in faces:
         style = "" if face.style.lower() in ("regular", "book", "roman", "normal") else face.style
-        plain = re.sub(r"[^A-Za-z0-9]+", "-", f"{face.family} {style}").strip("-") or "face"
+        plain = re.sub(r"[^A-Za-z0-9]+", "-", f"{face.family} {style}").strip("-")[:100] or "face"
         count = seen[plain.lower()] = seen.get(plain.lower(), 0) + 1
         name = plain if count == 1 else f"{plain}-{count}"
         named.append(Face(face.path, face.index, face.family, face.style, name, face.tiles))

@@ -1,5 +1,7 @@
 """Official layouts: tiny trees of each are listed with the right labels, and every fault is named."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -236,7 +238,9 @@ def test_any_folder_tree(tmp_path: Path) -> None:
             "test": [("0.png", 0), ("1.png", 0), ("0.png", 1), ("1.png", 1)],
         }
     tree(home, ("a", "b"), ("test",), count=1)
-    assert len(read_layout("folder", home).test.files) == 2  # test/ goes before val/
+    both = read_layout("folder", home)
+    assert len(both.test.files) == 2
+    assert f"{home}: val/ is not used: the test images are those of test/" in both.notes()
 
 
 def test_folder_faults(tmp_path: Path) -> None:
@@ -270,3 +274,230 @@ def test_folder_faults(tmp_path: Path) -> None:
         tree(tmp_path / "two" / name, ("a",))
     with pytest.raises(UserError, match=r"two holds several .*\(x, y\)"):
         read_layout("folder", tmp_path / "two")
+
+
+LISTS = {
+    "family": (
+        "families.txt",
+        "Boeing 707\nF/A-18\n",
+        ("0000001 F/A-18\n0000002 Boeing 707\n", "0000003 Boeing 707\n0000004 F/A-18\n"),
+    ),
+    "manufacturer": (
+        "manufacturers.txt",
+        "Boeing\nMcDonnell Douglas\n",
+        ("0000001 McDonnell Douglas\n0000002 Boeing\n", "0000003 Boeing\n0000004 McDonnell Douglas\n"),
+    ),
+}
+
+
+@pytest.mark.parametrize("level", LISTS)
+@pytest.mark.parametrize("depth", [0, 2])
+def test_aircraft_levels(tmp_path: Path, level: str, depth: int) -> None:
+    data = aircraft(tmp_path)
+    names, classes, (trainval, test) = LISTS[level]
+    with pytest.raises(UserError, match=f"{names} is missing|wanted .*{names}"):
+        read_layout("aircraft", data, level=level)
+    write(data / names, classes)
+    write(data / f"images_{level}_trainval.txt", trainval)
+    write(data / f"images_{level}_test.txt", test)
+    listing = read_layout("aircraft", [data, data.parent, tmp_path][depth], level=level)
+    assert listing.classes == classes.splitlines()
+    assert files(listing) == files(read_layout("aircraft", data))
+    write(data / f"images_{level}_test.txt", "0000003 Boing\n")
+    with pytest.raises(
+        UserError, match=f"images_{level}_test.txt, line 1: {level} 'Boing' is not one of the 2 in {names}"
+    ):
+        read_layout("aircraft", data, level=level)
+
+
+def test_an_unknown_aircraft_level_is_refused(tmp_path: Path) -> None:
+    aircraft(tmp_path)
+    with pytest.raises(UserError, match="unknown level 'maker' of aircraft: did you mean 'manufacturer'"):
+        read_layout("aircraft", tmp_path, level="maker")
+
+
+@pytest.mark.parametrize("nested", ["", "cars_train/"])
+def test_cars_images_without_annotations_name_the_files_that_are_wanted(tmp_path: Path, nested: str) -> None:
+    write(tmp_path / "cars_train" / f"{nested}00001.jpg")
+    write(tmp_path / "cars_test" / "cars_test" / "00001.jpg")
+    write(tmp_path / "names.csv", "Audi\n")
+    with pytest.raises(UserError, match="holds no annotations of Stanford Cars") as caught:
+        read_layout("cars", tmp_path)
+    for name in ("cars_annos.mat", "cars_meta.mat", "cars_train_annos.mat", "cars_test_annos_withlabels.mat"):
+        assert name in str(caught.value)
+
+
+def test_junk_is_no_class_and_is_counted(tmp_path: Path) -> None:
+    home = tree(tmp_path / "birds", ("a", "b"), ("train", "val"))
+    for junk in (
+        "train/@eaDir/a/0.png/SYNOPHOTO_THUMB_M.jpg",
+        "train/__MACOSX/._a",
+        "train/a/@eaDir/0.png/x.jpg",
+        "val/b/Thumbs.db",
+    ):
+        write(home / junk)
+    write(home / "__MACOSX" / "train" / "a" / "._0.png")
+    listing = read_layout("folder", tmp_path)
+    assert listing.classes == ["a", "b"]
+    assert len(listing.train.files) == len(listing.test.files) == 4
+    assert listing.left_out.counts == {"junk": 4}
+    remark, note = listing.notes()
+    assert remark == f"{home}: the test images are those of val/ (there is no test/)"
+    assert note.startswith(f"{home}: left out 4 entries of NAS")
+    assert f"({Path('train/@eaDir')}, ...)" in note
+
+
+def test_what_an_empty_class_folder_holds_is_said(tmp_path: Path) -> None:
+    home = tree(tmp_path / "birds", ("a", "b"))
+    for path in (home / "test" / "b").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="no test images in class 'b'; .*test/b holds only folders or nothing"):
+        read_layout("folder", home)
+    write(home / "test" / "b" / "Thumbs.db")
+    write(home / "test" / "b" / ".0.png")
+    with pytest.raises(UserError, match=r"test/b holds only 1 entry of a NAS.*\(test/b/Thumbs.db\), 1 hidden entry"):
+        read_layout("folder", home)
+    (home / "test" / "b" / "0.png").symlink_to("gone.png")
+    with pytest.raises(UserError, match="no test images in class 'b'; .*a link to gone.png, which does not exist"):
+        read_layout("folder", home)
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (home / split / name).rename(home / split / f".{name}")
+    with pytest.raises(UserError, match=r"train holds no class folders; left out: 2 hidden entries \(train/.a, ...\)"):
+        read_layout("folder", home)
+
+
+def test_links_to_classes_and_files_outside_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+    home = tree(tmp_path / "birds", ("a", "b"))
+    store = tree(tmp_path / "store", ("c",), ("x",), count=3) / "x" / "c"
+    for split in ("train", "test"):
+        (home / split / "c").symlink_to(store)
+        (home / split / "all").symlink_to("..")
+        (home / split / "a" / "self").symlink_to(".")
+        (home / split / "a" / "again.png").symlink_to("0.png")
+        (home / split / "b" / "far.png").symlink_to(store / "0.png")
+    listing = read_layout("folder", home)
+    assert listing.classes == ["a", "b", "c"]
+    assert listing.train.labels == listing.test.labels == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert listing.left_out.counts == {"leads_back": 4, "again": 2}
+    assert not listing.faults
+    assert not listing.followed
+    more = tree(tmp_path / "more", ("d",), ("x",), count=1) / "x"
+    (home / "train" / "b" / "more").symlink_to(more)
+    assert (
+        read_layout("folder", home).notes()[0]
+        == f"{home}: followed 1 link to folders elsewhere (train/b/more to {more})"
+    )
+
+
+def test_what_cannot_be_read_is_a_fault_of_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tree(tmp_path / "birds", ("a", "b"))
+    write(home / "train" / "a" / "more" / "2.png")
+    (home / "train" / "b" / "9.png").symlink_to("/nowhere/9.png")
+    (home / "train" / "c").symlink_to("/nowhere/c")
+    scandir = os.scandir
+
+    def failing(path):
+        if os.fspath(path) in refused:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    refused = {str(home / "train" / "a" / "more")}
+    listing = read_layout("folder", home)
+    assert [str(path.relative_to(home)) for path, _ in listing.faults] == ["train/c", "train/a/more", "train/b/9.png"]
+    assert listing.train.labels == [0, 0, 1, 1]
+    refused = {str(home / "test" / "b")}
+    with pytest.raises(
+        UserError, match=f"no test images in class 'b'; .*train/c: a link.*test/b: {os.strerror(errno.EACCES)}"
+    ):
+        read_layout("folder", home)
+    refused = {str(home / "test")}
+    with pytest.raises(UserError, match=f"test holds no class folders; .*test: {os.strerror(errno.EACCES)}"):
+        read_layout("folder", home)
+    tree(home, ("c",), ("test",))
+    refused = set()
+    with pytest.raises(
+        UserError, match="only test/ has class 'c'; .*train/c: a link to /nowhere/c, which does not exist"
+    ):
+        read_layout("folder", home)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_root_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def failing(self, *args, **options):
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "iterdir", failing)
+    with pytest.raises(UserError, match=f"{tmp_path}: {os.strerror(code)}"):
+        read_layout("folder", tmp_path)
+    monkeypatch.setattr(Path, "is_dir", failing)
+    with pytest.raises(UserError, match=f"{tmp_path}: {os.strerror(code)}"):
+        read_layout("cub", tmp_path)
+
+
+def test_annotation_files_that_are_no_files_are_not_waited_for(tmp_path: Path) -> None:
+    home = cub(tmp_path)
+    (home / "classes.txt").unlink()
+    os.mkfifo(home / "classes.txt")
+    with pytest.raises(UserError, match="classes.txt is not a regular file"):
+        read_layout("cub", tmp_path)
+    home = cars_devkit(tmp_path / "cars")
+    (home / "devkit" / "cars_meta.mat").unlink()
+    (home / "devkit" / "cars_meta.mat").symlink_to(os.devnull)
+    with pytest.raises(UserError, match="cars_meta.mat is not a regular file"):
+        read_layout("cars", home)
+    data = aircraft(tmp_path / "planes")
+    (data / "variants.txt").unlink()
+    (data / "variants.txt").mkdir()
+    with pytest.raises(UserError, match="variants.txt is not a regular file"):
+        read_layout("aircraft", data)
+
+
+def test_annotation_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    home = cub(tmp_path)
+    for name in ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt"):
+        (home / name).write_bytes(b"\xef\xbb\xbf" + (home / name).read_bytes())
+    assert read_layout("cub", home).classes == ["001.Albatross", "002.Bunting"]
+
+
+def test_names_that_no_file_can_have_are_refused_with_the_line(tmp_path: Path) -> None:
+    home = cub(tmp_path)
+    write(home / "images.txt", "1 001.A/a1.jpg\n2 001.A/a\0.jpg\n3 002.B/b1.jpg\n4 002.B/b2.jpg\n")
+    with pytest.raises(UserError, match="images.txt, line 2: .*NUL"):
+        read_layout("cub", home)
+    for name in ("../x", "/etc/passwd", "a/../../x"):
+        write(home / "images.txt", f"1 {name}\n2 001.A/a2.jpg\n3 002.B/b1.jpg\n4 002.B/b2.jpg\n")
+        with pytest.raises(UserError, match="line 1: .*leads out of"):
+            read_layout("cub", home)
+
+
+def test_class_names_read_alike_whatever_the_locale(tmp_path: Path) -> None:
+    latin = os.fsdecode(b"caf\xe9")
+    try:
+        home = tree(tmp_path / "birds", ("b\xe9", latin, "x" * 200, "-rf", "~", "$HOME", "a:b", "CON"))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    listing = read_layout("folder", home)
+    assert listing.classes == sorted(["b\xe9", "caf\udce9", "x" * 200, "-rf", "~", "$HOME", "a:b", "CON"])
+    assert all(path.is_file() for path in listing.train.files)
+
+
+def test_cars_annotations_that_lie_elsewhere_or_belong_to_other_images_are_named(tmp_path: Path) -> None:
+    home = cars_devkit(tmp_path / "cars")
+    (home / "my").mkdir()
+    (home / "devkit").rename(home / "my" / "devkit")
+    with pytest.raises(UserError, match=f"; {home}/my/devkit holds some of them: move them to {home}/devkit"):
+        read_layout("cars", home)
+    (home / "my" / "devkit").rename(tmp_path / "away")
+    cars_single(tmp_path / "one")
+    (tmp_path / "one" / "cars_annos.mat").rename(home / "cars_annos.mat")
+    with pytest.raises(UserError, match="cars_annos.mat belongs to car_ims/, which is missing"):
+        read_layout("cars", home)
+
+
+def test_the_number_of_entries_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tree(tmp_path / "birds", ("a", "b", "c"))
+    monkeypatch.setattr("fd2fast.data.layouts.MOST_ENTRIES", 10)
+    with pytest.raises(UserError, match=r"birds holds more than 1\d entries: .*link"):
+        read_layout("folder", home)

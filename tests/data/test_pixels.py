@@ -1,13 +1,14 @@
 """Pixels: every kind of image file, the normalisation round trip, bounds, files written atomically, preview grids."""
 
 import io
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fd2fast.data import pixels
 from fd2fast.errors import UserError
@@ -210,3 +211,89 @@ def test_grid_places_every_image(tmp_path) -> None:
         pixels.grid(images, 3, titles=["a", "b", "c"])
     with pytest.raises(ValueError, match="uint8"):
         pixels.grid(images.float(), 3)
+
+
+def oriented(path, orientation, **options) -> np.ndarray:
+    """A 2 x 3 picture of four colours with an EXIF orientation; its pixels as stored."""
+    colours = np.array([[[0, 0, 0], [250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0], [0, 250, 250]]], np.uint8)
+    image = Image.fromarray(colours.repeat(16, 0).repeat(16, 1))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, exif=exif, **options)
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_exif_orientation_is_said_and_applied_when_asked(tmp_path, orientation: int, name: str) -> None:
+    stored = oriented(
+        tmp_path / name, orientation, **({"lossless": True} if name == "a.webp" else {"quality": 100, "subsampling": 0})
+    )
+    plain, kinds = pixels.decode(tmp_path / name)
+    assert kinds == ((pixels.ORIENTED,) if orientation > 1 else ())
+    np.testing.assert_allclose(np.asarray(plain).astype(int), stored, atol=90 if name == "a.jpg" else 0)
+    turned, same = pixels.decode(tmp_path / name, turn=True)
+    assert same == kinds
+    with Image.open(tmp_path / name) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(turned), np.asarray(expected))
+    assert (turned.size == plain.size[::-1]) == (orientation >= 5)
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_orientations_that_mean_nothing_are_none(tmp_path, value: int) -> None:
+    oriented(tmp_path / "a.jpg", value)
+    plain, kinds = pixels.decode(tmp_path / "a.jpg", turn=True)
+    assert kinds == ()
+    assert plain.size == (48, 32)
+
+
+@pytest.mark.parametrize(
+    "data", [b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0" + b"x" * 40]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_damaged_exif_data_are_no_reason_to_refuse_an_image(tmp_path, data: bytes, name: str) -> None:
+    Image.new("RGB", (9, 4), (200, 0, 0)).save(tmp_path / name, exif=data)
+    for turn in (False, True):
+        plain, kinds = pixels.decode(tmp_path / name, turn=turn)
+        assert (plain.size, kinds) == ((9, 4), ())
+
+
+def test_a_tiff_comes_as_pillow_turns_it(tmp_path) -> None:
+    Image.new("RGB", (9, 4)).save(tmp_path / "a.tif", tiffinfo={0x0112: 6})
+    for turn in (False, True):
+        plain, kinds = pixels.decode(tmp_path / "a.tif", turn=turn)
+        assert (plain.size, kinds) == ((4, 9), ())
+
+
+def test_orientation_goes_with_every_conversion(tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    for mode, kinds in (("L", ("grey",)), ("RGBA", ("alpha",)), ("P", ("palette",)), ("1", ("grey",))):
+        Image.new(mode, (6, 2)).save(tmp_path / "a.png", exif=exif)
+        assert pixels.decode(tmp_path / "a.png")[1] == (*kinds, pixels.ORIENTED)
+        assert pixels.decode(tmp_path / "a.png", turn=True)[0].size == (2, 6)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a pipe", "folder"])
+def test_what_is_no_file_is_not_opened(tmp_path, kind: str) -> None:
+    path = tmp_path / "a.jpg"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to(os.devnull)
+    else:
+        os.mkfifo(tmp_path / "pipe" if kind == "link to a pipe" else path)
+        if kind == "link to a pipe":
+            path.symlink_to("pipe")
+    with pytest.raises(UserError, match="a.jpg: not a file but a (folder|pipe, socket or device)"):
+        pixels.decode(path)
+
+
+def test_links_without_a_target_are_named_with_it(tmp_path) -> None:
+    (tmp_path / "a.jpg").symlink_to("../store/a.jpg")
+    with pytest.raises(UserError, match="a.jpg: a link to ../store/a.jpg, which does not exist"):
+        pixels.decode(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="b.jpg: no such file"):
+        pixels.decode(tmp_path / "b.jpg")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fd2fast.artifacts import load
+from fd2fast.artifacts import config_dict, load
 from fd2fast.config import DataConfig, replace
 from fd2fast.data import prepare as module
 from fd2fast.data.layouts import STATISTICS
@@ -302,3 +302,182 @@ def test_images_that_the_annotations_promise_but_the_disk_lacks_are_named(tmp_pa
     result = prepare(replace(config, bad_images="skip"), tmp_path / "out")
     assert result.facts["skipped"] == ["images/0000001.jpg"]
     assert result.facts["per_class"]["train"] == [1, 1]
+
+
+def turned(path: Path, orientation: int) -> None:
+    """A picture twice as high as wide, its upper half red, with an EXIF orientation."""
+    image = Image.new("RGB", (8, 16))
+    image.paste((255, 0, 0), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, exif=exif)
+
+
+def test_exif_orientations_are_counted_and_applied_when_asked(tmp_path: Path, tree: Path, config, caplog) -> None:
+    plain = prepare(config, tmp_path / "plain")
+    assert plain.measured["oriented"] == 0
+    assert not [r for r in caplog.records if "EXIF" in r.message]
+    for n, orientation in enumerate((3, 6, 1)):
+        turned(tree / "train" / "ant" / f"{n}.png", orientation)
+    turned(tree / "test" / "bee" / "0.png", 8)
+    ignored = prepare(config, tmp_path / "ignored")
+    assert ignored.measured["oriented"] == 3
+    assert (
+        "3 images have an EXIF orientation: it is ignored, as torchvision does (exif 'apply' turns them)" in caplog.text
+    )
+    assert "turned    3 images have an EXIF orientation: it is ignored" in describe(ignored)
+    applied = prepare(replace(config, exif="apply"), tmp_path / "applied")
+    assert applied.measured["oriented"] == 3
+    assert "an EXIF orientation: it was applied" in describe(applied)
+    red = load_split(ignored, "train").pixels(range(3))[:, 0].float() > 128
+    assert torch.equal(red[0], red[1])
+    assert torch.equal(red[0], red[2])
+    new = load_split(applied, "train").pixels(range(3))[:, 0].float() > 128
+    assert torch.equal(new[0], red[0].flip(0))
+    assert torch.equal(new[1], red[0].rot90(-1))
+    assert torch.equal(new[2], red[0])
+    assert applied.id != ignored.id
+    assert "exif" not in ignored.config
+    assert applied.config["exif"] == "apply"
+    with pytest.raises(UserError, match="exif"):
+        prepare(replace(config, exif="apply"), tmp_path / "ignored")
+
+
+def test_rows_decoded_with_the_other_exif_setting_are_not_kept(tmp_path: Path, tree: Path, config) -> None:
+    turned(tree / "train" / "ant" / "0.png", 3)
+    broken = tree / "train" / "bee" / "x.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(UserError, match="one image cannot"):
+        prepare(config, tmp_path / "out")
+    broken.unlink()
+    result = prepare(replace(config, exif="apply"), tmp_path / "out")
+    assert result.id == prepare(replace(config, exif="apply"), tmp_path / "fresh").id
+
+
+def test_new_options_leave_the_identity_of_earlier_results_alone(config: DataConfig) -> None:
+    assert not {"exif", "level"} & set(config_dict(config))
+    assert config_dict(replace(config, exif="apply"))["exif"] == "apply"
+    assert config_dict(replace(config, level="family"))["level"] == "family"
+
+
+def test_what_the_walk_left_out_is_said_and_measured_and_no_part_of_the_result(
+    tmp_path: Path, tree: Path, config, caplog
+) -> None:
+    clean = prepare(config, tmp_path / "clean")
+    assert clean.measured["left_out"] == {}
+    assert not [r for r in caplog.records if "left out" in r.message]
+    for name in (
+        "train/@eaDir/ant/0.png",
+        "train/ant/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg",
+        "test/bee/#recycle/9.png",
+        "test/cat/.1.png",
+    ):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes((tree / "train" / "ant" / "0.png").read_bytes())
+    (tree / "train" / "bee" / "self").symlink_to(".")
+    (tree / "train" / "bee" / "again.png").symlink_to("0.png")
+    os.mkfifo(tree / "test" / "ant" / "pipe.png")
+    result = prepare(config, tmp_path / "out")
+    assert result.measured["left_out"] == {"junk": 3, "hidden": 1, "leads_back": 1, "again": 1, "special": 1}
+    assert "left out 3 entries of NAS, system or archive programs (" in caplog.text
+    assert "1 link that leads back to a folder above it (train/bee/self)" in caplog.text
+    assert "left out  3 entries of NAS" in describe(result)
+    assert (result.id, contents(result.path)) == (clean.id, contents(clean.path))
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, folder: Path, code: int) -> None:
+    scandir = os.scandir
+
+    def failing(path):
+        if not isinstance(path, int) and os.fspath(path) == str(folder):
+            raise OSError(code, os.strerror(code), str(folder))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_folders_that_cannot_be_read_are_named_or_skipped_as_images_are(
+    tmp_path: Path, tree, config, monkeypatch, code
+) -> None:
+    (tree / "train" / "ant" / "more").mkdir()
+    (tree / "train" / "ant" / "more" / "9.png").write_bytes((tree / "train" / "ant" / "0.png").read_bytes())
+    (tree / "test" / "cat" / "far.png").symlink_to("/nowhere/far.png")
+    refuse(monkeypatch, tree / "train" / "ant" / "more", code)
+    monkeypatch.setattr(module, "decode", None)  # said before anything is decoded
+    with pytest.raises(UserError, match="2 files or folders cannot be read .*skip") as caught:
+        prepare(config, tmp_path / "out")
+    assert f"train/ant/more: {os.strerror(code)}" in str(caught.value)
+    assert "far.png: a link to /nowhere/far.png, which does not exist" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    refuse(monkeypatch, tree / "train" / "ant" / "more", code)
+    result = prepare(replace(config, bad_images="skip"), tmp_path / "out")
+    assert result.facts["skipped"] == ["test/cat/far.png", "train/ant/more"]
+    assert (result.facts["train"], result.facts["test"]) == (12, 6)
+
+
+def test_class_names_cannot_lead_out_of_the_output_folder(tmp_path: Path, tree: Path, monkeypatch) -> None:
+    """Names from annotation files are only text, those of folders are what the file system allows."""
+    data = tmp_path / "inside" / "fgvc-aircraft-2013b" / "data"
+    (data / "images").mkdir(parents=True)
+    names = [
+        "../../../escape",
+        "/tmp/escape",
+        "..",
+        "a/b",
+        "CON",
+        "x" * 300,
+        "~",
+        "$HOME",
+        "\x1b[31mred",
+        "a\0b",
+        "\ufeffmark",
+    ]
+    (data / "variants.txt").write_text("\n".join(names) + "\n")
+    for split, first in (("trainval", 0), ("test", len(names))):
+        lines = [f"{first + n:07d} {name}\n" for n, name in enumerate(names)]
+        (data / f"images_variant_{split}.txt").write_text("".join(lines))
+        for n in range(len(names)):
+            Image.new("RGB", (8, 8), (n, n, n)).save(data / "images" / f"{first + n:07d}.jpg")
+    before = {p for p in tmp_path.rglob("*")}
+    result = prepare(DataConfig(dataset="aircraft", root=data, size=8), tmp_path / "inside" / "out")
+    assert result.classes == names
+    new = {p for p in tmp_path.rglob("*")} - before
+    assert all((tmp_path / "inside" / "out") in (p, *p.parents) for p in new)
+    assert sorted(p.name for p in new) == sorted(["out", "manifest.json", *contents(result.path)])
+    assert load(result.path, "dataset").classes == names
+
+
+def test_settings_of_exif_and_level_are_checked(tmp_path: Path, config: DataConfig) -> None:
+    cases = {
+        "exif must be 'ignore' or 'apply', got 'rotate'": replace(config, exif="rotate"),
+        "unknown level 'maker' of aircraft: did you mean 'manufacturer'": replace(
+            config, dataset="aircraft", level="maker"
+        ),
+        "level 'family' is one of the data set aircraft; folder has no levels": replace(config, level="family"),
+    }
+    for message, wrong in cases.items():
+        with pytest.raises(UserError, match=message):
+            prepare(wrong, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_aircraft_level_is_part_of_the_identity(tmp_path: Path) -> None:
+    data = tmp_path / "fgvc-aircraft-2013b" / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "variants.txt").write_text("a1\na2\nb1\n")
+    (data / "families.txt").write_text("a\nb\n")
+    for split, numbers in (("trainval", (1, 2, 3)), ("test", (4, 5, 6))):
+        variants = zip(numbers, ("a1", "a2", "b1"), strict=True)
+        rows = [(f"{n:07d}", variant) for n, variant in variants]
+        (data / f"images_variant_{split}.txt").write_text("".join(f"{n} {v}\n" for n, v in rows))
+        (data / f"images_family_{split}.txt").write_text("".join(f"{n} {v[0]}\n" for n, v in rows))
+        for n, _ in rows:
+            Image.new("RGB", (10, 10), (int(n), 0, 0)).save(data / "images" / f"{n}.jpg")
+    config = DataConfig(dataset="aircraft", root=tmp_path, size=8)
+    variant, family = prepare(config, tmp_path / "v"), prepare(replace(config, level="family"), tmp_path / "f")
+    assert (variant.classes, family.classes) == (["a1", "a2", "b1"], ["a", "b"])
+    assert family.facts["per_class"] == {"train": [2, 1], "test": [2, 1]}
+    assert ("level" in variant.config, family.config["level"]) == (False, "family")
+    assert variant.id != family.id

@@ -1,6 +1,7 @@
 """The built-in set: which faces are taken, that images are legible by measure, seeded, and words never shared by the splits."""
 
 import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -221,3 +222,49 @@ def test_more_images_add_to_a_set(tmp_path: Path) -> None:
     for name in shared:
         file = f"images/train/{name}/001.png"
         assert few.file(file).read_bytes() == many.file(file).read_bytes()
+
+
+def test_each_font_file_is_found_once_and_loops_end(tmp_path: Path, caplog) -> None:
+    fonts(tmp_path / "fonts" / ".local" / "deep", "DejaVuSans.ttf")
+    fonts(tmp_path / "fonts", "cmr10.ttf")
+    fonts(tmp_path / "fonts" / "__MACOSX", "DejaVuSerif.ttf")
+    (tmp_path / "fonts" / "._cmr10.ttf").write_bytes(b"Mac OS X")
+    (tmp_path / "fonts" / "self").symlink_to(".")
+    (tmp_path / "fonts" / "root").symlink_to("/")
+    (tmp_path / "fonts" / "link.ttf").symlink_to("cmr10.ttf")
+    (tmp_path / "fonts" / "gone.otf").symlink_to("/nowhere/gone.otf")
+    (tmp_path / "fonts" / "gone.conf").symlink_to("/nowhere/gone.conf")
+    os.mkfifo(tmp_path / "fonts" / "pipe.ttf")
+    with caplog.at_level("INFO", "fd2fast"):
+        faces, dropped = typefaces.find_faces(tmp_path / "fonts")
+    assert [face.name for face in faces] == ["cmr10", "DejaVu-Sans"]
+    assert dropped["unreadable"] == 1
+    assert dropped["look-alikes"] == 0
+    assert "2 entries of NAS, system or archive programs (._cmr10.ttf, ...)" in caplog.text
+    assert "2 links that lead back" in caplog.text
+
+
+def test_a_folder_of_fonts_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch, caplog) -> None:
+    fonts(tmp_path / "fonts", "DejaVuSans.ttf", "cmr10.ttf")
+    (tmp_path / "fonts" / "private").mkdir()
+    scandir = os.scandir
+
+    def failing(path):
+        if not isinstance(path, int) and os.fspath(path).endswith("private"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(UserError, match=f"cannot all be read .*skip.*private: {os.strerror(errno.EACCES)}"):
+        typefaces.choose(2, tmp_path / "fonts")
+    assert len(typefaces.choose(2, tmp_path / "fonts", skip=True)) == 2
+    assert "fonts left out: " in caplog.text
+
+
+def test_names_of_faces_are_fit_for_folders() -> None:
+    tiles = np.zeros((52, 28, 56), np.float32)
+    families = ["../../etc", "/", "a/b", "..", "x" * 400, "x" * 400, "\0", "CON\n", "日本", "~"]
+    faces = [typefaces.Face(Path("f.ttf"), 0, family, "", "", tiles) for family in families]
+    names = [face.name for face in typefaces._named(faces)]
+    assert len(set(names)) == len(names)
+    assert all(name.replace("-", "").isalnum() and name.isascii() and len(name) <= 110 for name in names)
