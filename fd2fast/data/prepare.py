@@ -37,7 +37,8 @@ def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> 
 
     Files: {train,test}_images.npy uint8 [N, 3, S, S], {train,test}_labels.npy int64 [N], preview.png; for typefaces also
     images/{train,test}/CLASS/NNN.png. Facts: name, train and test (counts), per_class, skipped (paths relative to the root),
-    converted (counts), statistics ("given", "reference" or "measured"), and what the layout adds.
+    converted (counts), statistics ("given", "reference" or "measured"), and what the layout adds. Measured, beside the usual:
+    left_out (entries that the walk over class folders passed over, by reason), oriented (images with an EXIF orientation).
 
     Raises UserError for bad settings or input, before anything is decoded where that can be seen, else naming every unreadable
     file at once. A killed run, started again, keeps the decoded rows and ends in the same bytes.
