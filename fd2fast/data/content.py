@@ -107,7 +107,7 @@ def _images(config: DataConfig, earlier: Mapping[str, Any]) -> Content:
         return Content("root", Source(str(root), None, gone=reason))
     rows = _rows(listing.root, files, places, seen)
     content = {"classes": listing.classes, "files": [row[:3] for row in rows]}
-    record = {"home": os.path.realpath(listing.root), "digest": digest(content), "rows": rows}
+    record: dict[str, Any] = {"home": os.path.realpath(listing.root), "digest": digest(content), "rows": rows}
     source = Source(
         str(root), record["digest"], changes=_changes(earlier, record), resumes=True, earlier=earlier.get("digest")
     )
