@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import os
 import platform
 import resource
@@ -21,11 +22,16 @@ from typing import IO, Any
 import numpy as np
 
 from fd2fast.errors import UserError
+from fd2fast.sources import Source, compare, file_digest, known_digest, recorded_place
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 STATE = "state"
+# Beside the manifest, not part of the result: when its source files were last changed, so that they need not be read again.
+STAMPS = "stamps.json"
 _TEMPORARY = ".fd2fast-tmp-"
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -119,28 +125,35 @@ def _plain(value: Any) -> Any:
 
 
 def config_dict(config: Any) -> dict[str, Any]:
-    """The fields of a config that decide the result; fields marked metadata={"result": False} are left out.
+    """The fields of a config that decide the result.
 
-    Those marked metadata={"added": True}, which earlier versions did not know, are left out at their default.
+    Left out are fields marked metadata={"result": False}, those that earlier versions did not know ({"added": True}) at their
+    default, and the places of files ({"place": True}) where one is given: the content of what lies there decides.
     """
-    fields = [
-        f
-        for f in dataclasses.fields(config)
-        if f.metadata.get("result", True) and not (f.metadata.get("added") and getattr(config, f.name) == f.default)
-    ]
-    return json.loads(json.dumps({f.name: getattr(config, f.name) for f in fields}, default=_plain))
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata.get("result", True)}
+    for field in dataclasses.fields(config):
+        added = field.metadata.get("added") and values[field.name] == field.default
+        if added or (field.metadata.get("place") and values[field.name] is not None):
+            del values[field.name]
+    return json.loads(json.dumps(values, default=_plain))
+
+
+def _places(config: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(config) if f.metadata.get("place")]
+
+
+def _settings(config: Any, recorded: dict[str, Any]) -> dict[str, Any]:
+    """Recorded settings as the config's class has them today: without places, newer fields at their default."""
+    fields = [f for f in dataclasses.fields(config) if f.metadata.get("result", True)]
+    added = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    known = json.loads(json.dumps(added, default=_plain)) | recorded
+    return {name: value for name, value in known.items() if name not in _places(config)}
 
 
 def digest(value: Any) -> str:
     """sha256 of a value's canonical JSON, 64 hex digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +223,28 @@ class Artifact:
                     f"{self.path / name} was changed after it was made (its sha256 differs from the manifest)"
                 )
 
+    def unchanged(self) -> None:
+        """UserError that names the first file, of those that other stages read, that is not the one the manifest lists.
+
+        Each is hashed once by a process as long as its stamp stays. Pictures and curves for people, and files that are missing
+        (which is an error where they are read), are passed over.
+        """
+        for name, expected in self.manifest["files"].items():
+            if "/" not in name and name.endswith((".png", ".json")):
+                continue
+            path = self.path / name
+            try:
+                found = known_digest(path)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+            if found != expected:
+                raise UserError(
+                    f"{path} was changed after it was made (its sha256 differs from the manifest): put it back, "
+                    f"or make the {self.kind} again with --overwrite"
+                )
+
     def must_fit(self, other: Artifact) -> None:
         """UserError unless both speak of the same classes in the same order, the same size and normalisation."""
         for name, mine, theirs in (
@@ -260,15 +295,26 @@ class Stage:
 
     `finished` is the artifact when an equal run ended before; then there is nothing to do. Otherwise write files below
     `path` (atomically, with the helpers of this module), what resuming needs below `state`, and call `finish`.
+    `inputs`: digests of what is read from outside, by name.
     """
 
-    def __init__(self, path: Path, kind: str, config: dict[str, Any], parents: dict[str, dict[str, str]]):
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        config: dict[str, Any],
+        parents: dict[str, dict[str, str]],
+        inputs: dict[str, str] | None = None,
+        places: dict[str, str] | None = None,
+    ):
         self.path = path
         self.kind = kind
         self.state = path / STATE
         self.finished: Artifact | None = None
         self._config = config
         self._parents = parents
+        self.inputs = inputs or {}
+        self._places = places or {}
         self._started = time.monotonic()
         self._before = 0.0
 
@@ -286,7 +332,7 @@ class Stage:
         files = {
             p.relative_to(self.path).as_posix(): file_digest(p)
             for p in sorted(self.path.rglob("*"))
-            if p.is_file() and self.state not in p.parents and p.name != MANIFEST
+            if p.is_file() and self.state not in p.parents and p.name not in (MANIFEST, STAMPS)
         }
         identity = {
             "schema": SCHEMA,
@@ -294,6 +340,7 @@ class Stage:
             "config": self._config,
             "config_hash": digest(self._config),
             "parents": self._parents,
+            **({"inputs": self.inputs} if self.inputs else {}),
             "classes": list(classes),
             "size": int(size),
             "mean": [float(v) for v in mean],
@@ -305,6 +352,7 @@ class Stage:
         manifest = {
             "id": digest({**identity, "parents": parents}),
             **identity,
+            **({"places": self._places} if self._places else {}),
             "versions": _versions(),
             "measured": {
                 "seconds": round(self._before + time.monotonic() - self._started, 3),
@@ -334,48 +382,109 @@ def open_stage(
     config: Any,
     parents: Mapping[str, Artifact],
     *,
+    sources: Mapping[str, Source] | None = None,
     overwrite: bool = False,
 ) -> Stage:
     """Begin, resume or find finished the artifact of `kind` at `path`.
 
-    A folder that holds another result (other settings, other parents, other kind) or foreign files is refused with the
-    difference, unless `overwrite` (which removes an fd2fast artifact, never foreign files).
+    sources: what the stage reads beside its parents, by the config's field that names its place.
+    A folder that holds another result (other settings, other parents or sources, other kind) or foreign files is refused with the
+    difference, unless `overwrite` (which removes an fd2fast artifact, never foreign files). So are parents with changed files
+    and, with `overwrite` too, sources that cannot be read.
     """
     path = Path(path)
-    settings = config_dict(config)
-    roots = {name: {"kind": parent.kind, "id": parent.id} for name, parent in parents.items()}
-    wanted = {"kind": kind, "config": settings, "parents": roots}
+    for parent in parents.values():
+        parent.unchanged()
+    wanted = _Wanted(kind, config, parents, sources or {})
     begun, manifest = path / STATE / "begun.json", path / MANIFEST
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; wanted a folder to write the {kind} to")
     known = manifest if manifest.is_file() else begun if begun.is_file() else None
+    if known is None or overwrite:
+        wanted.must_be_there()
     if known is not None and overwrite:
         shutil.rmtree(path)
         known = None
-    if known is None and path.is_dir() and any(p.name != STATE for p in path.iterdir()):
+    if known is None and path.is_dir() and any(p.name not in (STATE, STAMPS) for p in path.iterdir()):
         raise UserError(f"{path} holds other files; wanted an empty or new folder for the {kind}")
-    stage = Stage(path, kind, settings, roots)
+    stage = Stage(path, kind, wanted.settings, wanted.parents, wanted.inputs, wanted.places)
     if known is not None:
-        try:
-            found = json.loads(known.read_text())
-            difference = _first_difference({k: found[k] for k in wanted}, wanted)
-        except (json.JSONDecodeError, KeyError) as error:
-            raise UserError(f"{known} is damaged ({error}); remove {path} and run again") from error
-        if difference:
-            raise UserError(
-                f"{path} holds a {kind if found['kind'] == kind else found['kind']} made with other settings: {difference}; "
-                "choose another output folder, or --overwrite to make it anew"
-            )
+        wanted.must_be_of(known, path)
         if known == manifest:
             stage.finished = load(path, kind)
             return stage
     for stale in path.rglob(f"{_TEMPORARY}*"):
         _remove(stale)
-    if known is None:
-        write_json(begun, wanted)
+    wanted.write(begun)
     with contextlib.suppress(OSError, ValueError):
         stage._before = float(json.loads((stage.state / "seconds.json").read_text()))
     return stage
+
+
+class _Wanted:
+    """What a result is to be a function of; `inputs`, digests of what is read from outside, are part of it, `places` are not."""
+
+    def __init__(self, kind: str, config: Any, parents: Mapping[str, Artifact], sources: Mapping[str, Source]):
+        self.kind, self._config, self._sources = kind, config, sources
+        self.settings = {name: value for name, value in config_dict(config).items() if name not in sources}
+        self.parents = {name: {"kind": parent.kind, "id": parent.id} for name, parent in parents.items()}
+        self.inputs = {name: source.digest for name, source in sources.items() if source.digest is not None}
+        self.places = {name: recorded_place(source.place) for name, source in sources.items()}
+
+    def must_be_there(self) -> None:
+        """UserError for a source that cannot be read."""
+        for source in self._sources.values():
+            if source.digest is None:
+                raise UserError(source.gone)
+
+    def write(self, begun: Path) -> None:
+        """Say in the file `begun` what is being made, unless that stands there already."""
+        beginning = {"kind": self.kind, "config": self.settings, "parents": self.parents, "inputs": self.inputs}
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if (json.loads(begun.read_text()).get("inputs") or {}) == self.inputs:
+                return
+        write_json(begun, {**beginning, "places": self.places})
+
+    def must_be_of(self, known: Path, path: Path) -> None:
+        """UserError with the difference unless `known`, manifest or beginning of the result at `path`, tells of this one."""
+        try:
+            found = json.loads(known.read_text())
+            difference = _other_result(found, self.kind, self._config, self.parents)
+            names = dict.fromkeys([*_places(self._config), *self._sources])
+            finished = known.name == MANIFEST
+            other, notes = ("", []) if difference else compare(found, self._sources, names, finished=finished)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{known} is damaged ({error}); remove {path} and run again") from error
+        if difference:
+            raise UserError(
+                f"{path} holds a {found['kind']} made with other settings: {difference}; "
+                "choose another output folder, or --overwrite to make it anew"
+            )
+        if other:
+            raise UserError(
+                f"{path} holds a {found['kind']} that was made from something else: {other}; "
+                "put that back, choose another output folder, or --overwrite to make it anew"
+            )
+        for note in notes:
+            _say_once(f"{path}: {note}")
+
+
+def _other_result(found: dict[str, Any], kind: str, config: Any, parents: dict[str, dict[str, str]]) -> str:
+    """The first difference in kind, settings or parents, "" if there is none."""
+    recorded = {"kind": found["kind"], "config": found["config"], "parents": found["parents"]}
+    wanted = {"kind": kind, "config": _settings(config, config_dict(config)), "parents": parents}
+    if found["kind"] == kind:
+        recorded["config"] = _settings(config, found["config"])
+    difference = _first_difference(recorded, wanted)
+    if difference.startswith("parents.") and " was " in difference:
+        difference += " (what it was made from has been made anew since, or is another one)"
+    return difference
+
+
+def _say_once(text: str) -> None:
+    """A warning, once for all processes of a torchrun job."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning(text)
 
 
 def _first_difference(found: Any, wanted: Any, where: str = "") -> str:

@@ -1,7 +1,7 @@
 """Frozen settings of every stage, from which the command line is made; None means: from the method, data set or teacher.
 
 The comment above a field is its help text: unit, meaning, source. Fields marked `_runtime` do not change the result and are
-not part of an artifact's identity.
+not part of an artifact's identity; of those marked `_place`, the content of what lies there is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ def _added(default: Any) -> Any:
     return field(default=default, metadata={"added": True})
 
 
+def _place() -> Any:
+    return field(default=None, metadata={"place": True})
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, at which size."""
@@ -30,7 +34,7 @@ class DataConfig:
     # Data set: typefaces (built in), cub, aircraft, cars, imagenette, imagewoof or folder (train/CLASS/*, test/CLASS/*).
     dataset: str = "typefaces"
     # Folder that holds the data set in its official layout; typefaces need none.
-    root: Path | None = None
+    root: Path | None = _place()
     # Side of the square every image is resized to, pixels (squashed, bilinear with antialiasing).
     size: int = 64
     # A file that is no readable image: stop and name it, or skip it and list it in the manifest.
@@ -50,7 +54,7 @@ class DataConfig:
     # typefaces: test images of each class (other words than in training).
     test_per_class: int = 30
     # typefaces: folder searched for .ttf, .otf and .woff2 files; None: the faces that come with matplotlib.
-    fonts: Path | None = None
+    fonts: Path | None = _place()
     # typefaces: seed of the generator.
     seed: int = 0
 
@@ -62,7 +66,7 @@ class PretrainConfig:
     # Backbone: ResNet18, ResNet50, DenseNet121, MobileNetV2, ShuffleNetV2 or timm:NAME[,key=value...] (any CNN with BatchNorm).
     model: str = "ResNet18"
     # Starting weights: a local .pth or .safetensors file, "hub" to fetch ImageNet weights by name, None: from scratch.
-    weights: str | None = None
+    weights: str | None = _place()
     # Attention maps M; None: the paper's value for this data set and backbone (App. Table 3), else 8.
     attention_maps: int | None = None
     # Share of the CAL branch in the losses, alpha of Eq. 8 and 11; None: as attention_maps, else 0.5.

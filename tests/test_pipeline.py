@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from fd2fast import artifacts, cli
+from fd2fast import artifacts, cli, pipeline
 from fd2fast.errors import UserError
 from fd2fast.pipeline import parse_entry
 
@@ -66,6 +68,39 @@ def test_other_settings_are_refused_before_work_is_lost(finished, capsys):
     _, arguments = finished
     assert cli.main([*arguments, "--patches.crops", "3"]) == 2
     assert "config.crops was 2, now 3" in capsys.readouterr().err
+
+
+def test_a_run_notices_changed_images_before_it_goes_on(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("ant", "bee"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for n in range(2):
+                image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+                image.save(tmp_path / "data" / split / name / f"{n}.png")
+
+    def teacher(*args, **options):
+        raise UserError("the teachers begin")
+
+    monkeypatch.setattr(pipeline.pretrain, "run", teacher)
+    monkeypatch.chdir(tmp_path)
+
+    def run(root, *options):
+        code = cli.main(
+            ["run", "--data.dataset", "folder", "--data.root", root, "--data.size", "8", "--out", "out", *options]
+        )
+        return code, capsys.readouterr()
+
+    assert "error: the teachers begin" in run("data")[1].err
+    assert "error: the teachers begin" in run(str(tmp_path / "data"))[1].err
+    made = artifacts.load(tmp_path / "out" / "dataset")
+    (tmp_path / "data" / "train" / "ant" / "0.png").rename(tmp_path / "data" / "train" / "bee" / "7.png")
+    code, told = run("data")
+    assert code == 2
+    assert "1 added (train/bee/7.png), 1 removed (train/ant/0.png)" in told.err
+    assert "training" not in told.out  # no old counts
+    assert "the teachers begin" in run("data", "--overwrite")[1].err
+    assert artifacts.load(tmp_path / "out" / "dataset").id != made.id
 
 
 def test_a_quick_run_is_complete_beside_the_full_one(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from fd2fast.artifacts import Artifact, Stage, atomic_path, open_stage, write_json, write_npy
 from fd2fast.config import DATASETS, DataConfig
 from fd2fast.data import typefaces
+from fd2fast.data.content import look_at
 from fd2fast.data.layouts import LEVELS, SHOWN, STATISTICS, Listing, missing_images, read_layout
 from fd2fast.data.pixels import CONVERSIONS, ORIENTED, decode, grid, resized
 from fd2fast.data.walk import LeftOut
@@ -40,31 +41,41 @@ def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> 
     converted (counts), statistics ("given", "reference" or "measured"), and what the layout adds. Measured, beside the usual:
     left_out (entries that the walk over class folders passed over, by reason), oriented (images with an EXIF orientation).
 
+    The content of images and fonts is part of the identity, where they lie is not. Beside the result, stamps.json lets the next
+    look at a finished data set read changed files only.
+
     Raises UserError for bad settings or input, before anything is decoded where that can be seen, else naming every unreadable
-    file at once. A killed run, started again, keeps the decoded rows and ends in the same bytes.
+    file at once; for a finished data set whose images or fonts have changed, with what changed. A killed run, started again,
+    keeps the decoded rows and ends in the same bytes.
     """
     check(config)
-    stage = open_stage(out, "dataset", config, {}, overwrite=overwrite)
+    content = look_at(config, Path(out))
+    stage = open_stage(out, "dataset", config, {}, sources={content.name: content.source}, overwrite=overwrite)
     if stage.finished:
+        made_from = stage.finished.manifest.get("inputs", {}).get(content.name, content.source.digest)
+        if content.source.digest == made_from:
+            content.keep(stage.path)
         return stage.finished
     extra: dict[str, Any] = {}
-    with _forgotten_on_user_error(stage):
-        if config.dataset == "typefaces":
-            faces = typefaces.choose(config.classes, config.fonts, skip=config.bad_images == "skip")
-        else:
-            listing = read_layout(config.dataset, config.root, level=config.level)
-            if listing.faults and config.bad_images == "error":
+    if content.listing is not None:
+        listing, key = content.listing, content.key
+        if listing.faults and config.bad_images == "error":
+            with _forgotten_on_user_error(stage):
                 raise UserError(_all_bad(listing.faults, "file or folder", "files or folders"))
-    if config.dataset == "typefaces":
+    else:
+        faces = content.faces or typefaces.choose(config.classes, config.fonts, skip=config.bad_images == "skip")
         extra["fonts"] = typefaces.render_set(config, faces, stage.path / "images")
-        listing = read_layout("folder", stage.path / "images")
+        listing, key = read_layout("folder", stage.path / "images"), _key
     for note in listing.notes():
         log.warning("%s", note)
-    rows = _Rows(stage.state, listing, config.size, config.exif)
+    content.keep(stage.state)
+    rows = _Rows(stage.state, listing, config.size, config.exif, key)
     bad = [*listing.faults, *rows.decode_all(listing)]
-    if bad and config.bad_images == "error":
-        with _forgotten_on_user_error(stage):
+    with _forgotten_on_user_error(stage):
+        content.must_be_unmoved()
+        if bad and config.bad_images == "error":
             raise UserError(_all_bad(bad))
+    content.keep(stage.path)
     return _finish(stage, config, listing, rows, {path for path, _ in bad}, extra)
 
 
@@ -120,8 +131,9 @@ def _all_bad(bad: list[tuple[Path, str]], one: str = "image", many: str = "image
 class _Rows:
     """Decoded images of both splits as rows of arrays in the state folder, with one status byte each."""
 
-    def __init__(self, state: Path, listing: Listing, size: int, exif: str):
-        self._state, self._size, self._exif = state, size, exif
+    def __init__(self, state: Path, listing: Listing, size: int, exif: str, key: Callable[[Path], list[Any]]):
+        """key: what the decoded image of a file depends on, as JSON takes it."""
+        self._state, self._size, self._exif, self._key = state, size, exif, key
         self.files = {name: getattr(listing, name).files for name in _SPLITS}
         self.images: dict[str, np.ndarray] = {}
         self.status: dict[str, np.ndarray] = {}
@@ -130,8 +142,8 @@ class _Rows:
             self._open(split)
 
     def _open(self, split: str) -> None:
-        """Map the arrays; rows that an earlier run decoded from the same files (path, length, time) are kept."""
-        keys = [_key(path) for path in self.files[split]]
+        """Map the arrays; rows that an earlier run decoded from the same files (by their keys) are kept."""
+        keys = [self._key(path) for path in self.files[split]]
         index, shape = self._state / f"{split}.json", (len(keys), 3, self._size, self._size)
         pixels, status = self._state / f"{split}.npy", self._state / f"{split}_status.npy"
         found = self._earlier(split)
@@ -242,6 +254,7 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> Any:
 
 
 def _key(path: Path) -> list[Any]:
+    """Of a file that we made: path, length, time."""
     try:
         stat = path.stat()
         return [str(path), stat.st_size, stat.st_mtime_ns]

@@ -126,21 +126,39 @@ def choose(classes: int, folder: Path | str | None = None, *, skip: bool = False
     return sorted(rounds[:classes], key=lambda face: face.name)
 
 
+def font_files(folder: Path, *, skip: bool = False, dropped: dict[str, int] | None = None) -> list[Path]:
+    """Font files below a folder, hidden ones too; links without a target are counted as unreadable in `dropped`.
+
+    Raises UserError where there is none, and for what cannot be read below the folder (unless `skip`: it is then only said).
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}; wanted a folder of fonts"
+        )
+    below = walk(folder, hidden=True, wanted=_is_font)
+    if dropped is not None:
+        dropped["unreadable"] += sum(_is_font(path.name) for path, _ in below.dangling)
+    if text := below.left_out.say(folder):
+        log.info("%s: left out %s", folder, text)
+    if below.faults:
+        lines = "; ".join(text for _, text in below.faults[:5]) + (" ..." if len(below.faults) > 5 else "")
+        if not skip:
+            raise UserError(f"fonts below {folder} cannot all be read (bad_images 'skip' goes on without): {lines}")
+        log.warning("fonts left out: %s", lines)
+    if not below.files:
+        raise UserError(f"{folder} holds no font files ({', '.join(SUFFIXES)})")
+    return below.files
+
+
 def find_faces(folder: Path, *, skip: bool = False) -> tuple[list[Face], dict[str, int]]:
     """Usable faces below a folder (links followed), look-alikes once, regular styles first; and why others were left out.
 
     A face is usable when a-z, A-Z and 0-9 are there and most letters, as drawn, look like Latin letters (symbol and other
     scripts' faces often claim the codes). Files that are no fonts are counted as unreadable.
     """
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}; wanted a folder of fonts"
-        )
     dropped = {"unreadable": 0, "without all Latin letters and digits": 0, "not Latin letters": 0, "look-alikes": 0}
     found: list[Face] = []
-    files = _font_files(folder, skip, dropped)
-    if not files:
-        raise UserError(f"{folder} holds no font files ({', '.join(SUFFIXES)})")
+    files = font_files(folder, skip=skip, dropped=dropped)
     for path in track(files, "typefaces", unit="file") if len(files) > 100 else files:
         for index in range(256):
             try:
@@ -158,20 +176,6 @@ def find_faces(folder: Path, *, skip: bool = False) -> tuple[list[Face], dict[st
     kept = _distinct(found)
     dropped["look-alikes"] = len(found) - len(kept)
     return _named(kept), dropped
-
-
-def _font_files(folder: Path, skip: bool, dropped: dict[str, int]) -> list[Path]:
-    """Font files below a folder, hidden ones too; links without a target count as unreadable."""
-    below = walk(folder, hidden=True, wanted=_is_font)
-    dropped["unreadable"] += sum(_is_font(path.name) for path, _ in below.dangling)
-    if text := below.left_out.say(folder):
-        log.info("%s: left out %s", folder, text)
-    if below.faults:
-        lines = "; ".join(text for _, text in below.faults[:5]) + (" ..." if len(below.faults) > 5 else "")
-        if not skip:
-            raise UserError(f"fonts below {folder} cannot all be read (bad_images 'skip' goes on without): {lines}")
-        log.warning("fonts left out: %s", lines)
-    return below.files
 
 
 def _is_font(name: str) -> bool:

@@ -335,6 +335,17 @@ def load_state(backbone: Backbone, state: dict[str, Tensor], *, origin: str, all
     return notices
 
 
+def hub_name(name: str) -> str:
+    """Name of the ImageNet weights that "hub" stands for: torchvision's file (its hash in it), or timm's model and tag."""
+    canonical = canonical_name(name)
+    if canonical in STOCK:
+        weights = torchvision.models.get_model_weights(STOCK[canonical].builder)
+        return weights["IMAGENET1K_V1"].url.rsplit("/", 1)[-1]
+    architecture = canonical.removeprefix("timm:").split(",")[0]
+    known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
+    return f"timm/{architecture if known is None or not known.tag else f'{known.architecture}.{known.tag}'}"
+
+
 def _hub_state(backbone: Backbone) -> dict[str, Tensor]:
     try:
         if backbone.name.startswith("timm:"):

@@ -26,7 +26,8 @@ def import_teacher(
 ) -> Artifact:
     """A "teacher" artifact from a checkpoint of the reference, read without executing anything in it.
 
-    Raises UserError for a missing or foreign file and for a teacher of another class count than the dataset artifact.
+    Raises UserError for a missing or foreign file, for a teacher of another class count than the dataset artifact, and for a
+    finished import of the same file under a name that told another alpha.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
@@ -41,6 +42,13 @@ def import_teacher(
     config = ImportConfig(file_digest(checkpoint), model)
     stage = open_stage(out, "teacher", config, {"dataset": dataset}, overwrite=overwrite)
     if stage.finished:
+        made = stage.finished.facts
+        # the file's name is read, too
+        if made["alpha"] != teacher.alpha:
+            raise UserError(
+                f"{stage.path} holds this teacher imported with alpha {made['alpha']}, the name {checkpoint.name} says "
+                f"{teacher.alpha}: choose another output folder, or --overwrite to make it anew"
+            )
         return stage.finished
     with atomic_path(stage.path / FILE) as temporary:
         teacher.save(temporary)
@@ -64,9 +72,11 @@ def import_teacher(
 def export_artifact(artifact: Artifact, out: Path | str, *, ipc: int | None = None) -> str:
     """Write a teacher as the reference's checkpoint, or images as an image folder (ids 0..ipc-1); says what was written.
 
-    Raises UserError for other kinds of artifact, for more images than there are, and for a folder that holds files.
+    Raises UserError for other kinds of artifact, files changed after they were made, more images than there are, and a folder
+    that holds files.
     """
     out = Path(out)
+    artifact.unchanged()
     if artifact.kind == "teacher":
         path = export_teacher(Teacher.load(artifact.file(FILE)), out)
         return f"wrote {path}"

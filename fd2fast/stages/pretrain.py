@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fd2fast import seeding, threads
-from fd2fast.artifacts import Artifact, file_digest, open_stage, write_bytes, write_json
+from fd2fast.artifacts import STATE, Artifact, open_stage, write_bytes, write_json
 from fd2fast.config import PretrainConfig, replace
 from fd2fast.data.augment import crop_resize, pretrain_views
 from fd2fast.data.pixels import normalise
@@ -22,11 +24,12 @@ from fd2fast.data.store import ImageSet, load_split
 from fd2fast.device import autocast, pick_device, repeatable, settle_precision
 from fd2fast.errors import UserError
 from fd2fast.models.attention_views import crop_and_drop
-from fd2fast.models.backbone import build_backbone, canonical_name, load_weights
+from fd2fast.models.backbone import build_backbone, canonical_name, hub_name, load_weights
 from fd2fast.models.prototypes import Prototypes
 from fd2fast.models.teacher import FILE, Teacher
 from fd2fast.models.training import accelerate
 from fd2fast.progress import Progress
+from fd2fast.sources import HUB, Source, of_file
 
 # (attention maps M, alpha) by data set and backbone: the paper's App. Table 3
 PAPER_SETTINGS: dict[str, dict[str, tuple[int, float]]] = {
@@ -90,7 +93,8 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
 
     Writes teacher.safetensors, attention.png (mean attention over test images, from the first epoch on), curves.json (losses
     and accuracies by epoch) and curves.png. Facts: model, attention_maps, alpha, channels, backbone_accuracy and
-    cal_accuracy (percent), epoch (whose weights are kept), head_trained, weights, weights_sha256, notices.
+    cal_accuracy (percent), epoch (whose weights are kept), head_trained, weights (file, hub or None), weights_sha256 (of the
+    file, or of the tensors that the hub gave), notices.
     A killed run continues after its last finished epoch and ends in the same bytes.
 
     Raises UserError for settings outside their range, weights or data that do not fit, and a loss that is not finite.
@@ -102,12 +106,16 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
     for images, split in ((train, "training"), (test, "test")):
         if len(images.labels) == 0:
             raise UserError(f"{dataset.path} holds no {split} images")
-    stage = open_stage(out, "teacher", config, {"dataset": dataset}, overwrite=overwrite)
+    sources = _sources(config, Path(out))
+    stage = open_stage(out, "teacher", config, {"dataset": dataset}, sources=sources, overwrite=overwrite)
     if stage.finished:
         return stage.finished
     settings = resolve(config, dataset.facts.get("name", ""))
     with repeatable():
         trainer = _Trainer(settings, train, test, device)
+        if {name: source.digest for name, source in _sources(config, stage.path).items()} != stage.inputs:
+            raise UserError(f"weights {config.weights} changed while they were read: run the same command again")
+        weights = _weights_facts(config, stage.inputs, trainer.teacher)
         begun = stage.restore(_STATE)
         if begun is not None:
             trainer.load_state(begun)
@@ -142,8 +150,7 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
             "cal_accuracy": result["cal_accuracy"],
             "epoch": result["epoch"],
             "head_trained": trainer.head_trained,
-            "weights": settings.weights,
-            "weights_sha256": _weights_digest(settings.weights),
+            **weights,
             "notices": trainer.notices,
         },
         measured={"images_per_second": round(trained / max(seconds, 1e-9), 1), "device": str(device)},
@@ -211,7 +218,9 @@ class _Trainer:
         self.head_trained = config.alpha > 0
         seeding.seed_all(config.seed, "pretrain", "init")
         backbone = build_backbone(config.model, len(train.classes))
-        self.notices = load_weights(backbone, config.weights) if config.weights else []
+        loaded = load_weights(backbone, config.weights) if config.weights else []
+        # what is told about a file holds wherever it lies
+        self.notices = [notice.removeprefix(f"{config.weights}: ") for notice in loaded]
         if not self.head_trained:
             self.notices.append("alpha is 0: the CAL head and the prototypes are as initialised")
         self.teacher = Teacher(backbone, config.attention_maps, alpha=config.alpha, size=train.size)
@@ -440,8 +449,29 @@ def _optimizer(config: PretrainConfig, groups: list[dict[str, Any]]) -> torch.op
     return kind(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
-def _weights_digest(weights: str | None) -> str | None:
-    return file_digest(Path(weights)) if weights and weights != "hub" else None
+def _sources(config: PretrainConfig, out: Path) -> dict[str, Source]:
+    """The starting weights: a file by its hash, the hub's by their name there; until an epoch is done they may be others."""
+    if not config.weights:
+        return {}
+    if config.weights == HUB:
+        source = Source(HUB, f"hub:{hub_name(config.model)}")
+    else:
+        missing = f"weights {config.weights}: there is no such file; wanted a .pth or .safetensors file, or 'hub'"
+        source = of_file(str(config.weights), missing)
+    return {"weights": replace(source, resumes=not (out / STATE / _STATE).is_file())}
+
+
+def _weights_facts(config: PretrainConfig, inputs: Mapping[str, str], teacher: Teacher) -> dict[str, str | None]:
+    """What the weights were, wherever they lie; of the hub's, by the tensors as they were loaded."""
+    if not config.weights:
+        return {"weights": None, "weights_sha256": None}
+    if config.weights != HUB:
+        return {"weights": "file", "weights_sha256": inputs["weights"]}
+    sha = hashlib.sha256()
+    for name, value in sorted(teacher.backbone.net.state_dict().items()):
+        if not name.startswith(f"{teacher.backbone.head}."):
+            sha.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return {"weights": HUB, "weights_sha256": sha.hexdigest()}
 
 
 def _curves(history: list[dict[str, float | int]], name: str) -> bytes:

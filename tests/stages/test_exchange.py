@@ -1,12 +1,14 @@
 """Import and export: a teacher there and back, images as a folder, refusals."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from distill_tools import make_dataset
 from PIL import Image
 
-from fd2fast.artifacts import open_stage
+from fd2fast.artifacts import load, open_stage
 from fd2fast.config import DistillConfig, PretrainConfig
 from fd2fast.data.pixels import save_image
 from fd2fast.errors import UserError
@@ -38,6 +40,35 @@ def test_a_teacher_goes_out_and_comes_back(dataset, teacher, tmp_path):
     for key, value in before.state_dict().items():
         if key != "prototypes_ema":  # the checkpoint of the reference has none
             torch.testing.assert_close(after.state_dict()[key], value, rtol=0, atol=0)
+
+
+def test_a_checkpoint_renamed_or_replaced_is_noticed_and_a_moved_one_is_the_same(dataset, teacher, tmp_path):
+    export_artifact(teacher, tmp_path)
+    checkpoint = tmp_path / "MobileNetV2_M2_5e-1cal.pth"
+    made = import_teacher(checkpoint, "MobileNetV2", tmp_path / "back", dataset)
+    (tmp_path / "disk").mkdir()
+    moved = checkpoint.rename(tmp_path / "disk" / checkpoint.name)
+    assert import_teacher(moved, "MobileNetV2", tmp_path / "back", dataset).id == made.id
+    assert import_teacher(moved, "MobileNetV2", tmp_path / "anew", dataset).id == made.id
+    renamed = moved.rename(tmp_path / "MobileNetV2_M2_1e-1cal.pth")
+    with pytest.raises(UserError, match=r"alpha 0\.5, the name MobileNetV2_M2_1e-1cal\.pth says 0\.1"):
+        import_teacher(renamed, "MobileNetV2", tmp_path / "back", dataset)
+    assert import_teacher(renamed, "MobileNetV2", tmp_path / "back", dataset, overwrite=True).facts["alpha"] == 0.1
+    content = torch.load(renamed, weights_only=True)
+    content["feature_center"] += 1
+    torch.save(content, renamed)
+    with pytest.raises(UserError, match="checkpoint_sha256 was"):
+        import_teacher(renamed, "MobileNetV2", tmp_path / "back", dataset)
+
+
+def test_a_teacher_changed_by_hand_is_not_exported(dataset, teacher, tmp_path):
+    copied = tmp_path / "t"
+    shutil.copytree(teacher.path, copied)
+    data = bytearray((copied / FILE).read_bytes())
+    data[-1] ^= 1
+    (copied / FILE).write_bytes(bytes(data))
+    with pytest.raises(UserError, match="was changed after it was made"):
+        export_artifact(load(copied), tmp_path / "out")
 
 
 def test_a_teacher_of_other_classes_is_refused(teacher, tmp_path):

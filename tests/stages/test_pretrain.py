@@ -19,7 +19,7 @@ from fd2fast.config import PretrainConfig
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
 from fd2fast.models.attention_views import crop_and_drop
-from fd2fast.models.backbone import build_backbone
+from fd2fast.models.backbone import build_backbone, hub_name
 from fd2fast.models.teacher import load_teacher
 from fd2fast.progress import Progress
 from fd2fast.stages import pretrain
@@ -278,6 +278,12 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_and_rate(tmp_path, dataset):
         pretrain.run(config, tmp_path / "t", dataset)
 
 
+def weights_file(path, seed, classes=7):
+    torch.manual_seed(seed)
+    torch.save(build_backbone(TINY, classes).net.state_dict(), path)
+    return path
+
+
 def test_weights_are_loaded_and_become_part_of_the_identity(tmp_path, dataset):
     torch.manual_seed(5)
     source = build_backbone(TINY, 7)
@@ -287,7 +293,118 @@ def test_weights_are_loaded_and_become_part_of_the_identity(tmp_path, dataset):
     loaded = load_teacher(artifact).backbone.net.state_dict()
     assert torch.allclose(loaded["conv1.0.weight"], source.net.state_dict()["conv1.0.weight"], atol=1e-6)
     assert artifact.facts["weights_sha256"] == artifacts.file_digest(tmp_path / "w.pth")
-    assert "head fc is (7, 16)" in artifact.facts["notices"][0]
+    assert artifact.facts["notices"][0].startswith("head fc is (7, 16)")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("pretrain") / "small", per_class=(2, 2, 2), test=1)
+
+
+def test_a_teacher_belongs_to_the_bytes_of_its_weights_not_to_their_place(tmp_path, small, caplog, monkeypatch):
+    path = weights_file(tmp_path / "w.pth", 5)
+    config = dataclasses.replace(QUICK, weights=str(path), epochs=1)
+    made = pretrain.run(config, tmp_path / "t", small)
+    assert str(tmp_path) not in json.dumps({k: v for k, v in made.manifest.items() if k != "places"})
+    # replaced at the same path, size and time kept
+    before = path.read_bytes()
+    at = before.rindex(torch.load(path, weights_only=True)["fc.bias"].numpy().tobytes())
+    path.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+    with pytest.raises(UserError, match=r"weights .*w\.pth: its content is not what it was"):
+        pretrain.run(config, tmp_path / "t", small)
+    path.write_bytes(before)
+    # moved, renamed, copied, linked, relative: the same teacher
+    path.rename(tmp_path / "resnet.pth")
+    (tmp_path / "link.pth").symlink_to("resnet.pth")
+    monkeypatch.chdir(tmp_path)
+    for place in ("resnet.pth", "link.pth", str(tmp_path / "resnet.pth")):
+        moved = dataclasses.replace(config, weights=place)
+        assert pretrain.run(moved, tmp_path / "t", small).id == made.id
+    moved = dataclasses.replace(config, weights="link.pth")
+    assert pretrain.run(moved, tmp_path / "anew", small).id == made.id
+    # gone: told, and the finished teacher stays
+    with pytest.raises(UserError, match="there is no such file"):
+        pretrain.run(dataclasses.replace(config, weights="other.pth"), tmp_path / "t", small)
+    assert caplog.text.count("no such file") == 0
+    assert pretrain.run(config, tmp_path / "t", small).id == made.id
+    assert "weights cannot be compared" in caplog.text
+    with pytest.raises(UserError, match="there is no such file"):
+        pretrain.run(config, tmp_path / "t", small, overwrite=True)
+    assert artifacts.load(tmp_path / "t").id == made.id
+
+
+def test_weights_may_be_put_right_until_an_epoch_is_done(tmp_path, small, monkeypatch):
+    path = tmp_path / "w.pth"
+    path.write_bytes(b"<html>404</html>")
+    config = dataclasses.replace(QUICK, weights=str(path))
+    with pytest.raises(UserError):
+        pretrain.run(config, tmp_path / "t", small)
+    weights_file(path, 5)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    checkpoint = artifacts.Stage.checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts.Stage, "checkpoint", lambda *args: checkpoint(*args) or killed())
+        with pytest.raises(Killed):
+            pretrain.run(config, tmp_path / "t", small)
+    weights_file(path, 6)
+    with pytest.raises(UserError, match="its content is not what it was"):
+        pretrain.run(config, tmp_path / "t", small)
+    weights_file(path, 5)
+    assert pretrain.run(config, tmp_path / "t", small).id == pretrain.run(config, tmp_path / "whole", small).id
+
+
+def test_weights_replaced_while_they_are_read_are_told(tmp_path, small, monkeypatch):
+    path = weights_file(tmp_path / "w.pth", 5)
+    load = pretrain.load_weights
+    monkeypatch.setattr(pretrain, "load_weights", lambda *args: load(*args) + [str(weights_file(path, 6))])
+    with pytest.raises(UserError, match="changed while they were read"):
+        pretrain.run(dataclasses.replace(QUICK, weights=str(path)), tmp_path / "t", small)
+
+
+def test_weights_of_the_hub_are_known_by_name_and_recorded_by_their_tensors(tmp_path, small, monkeypatch):
+    given = {}
+
+    def of_the_hub(backbone, source):
+        assert source == "hub"
+        backbone.net.load_state_dict(given["state"], strict=False)
+        return []
+
+    def teacher(folder, seed):
+        torch.manual_seed(seed)
+        given["state"] = build_backbone(TINY, 3).net.state_dict()
+        return pretrain.run(dataclasses.replace(QUICK, weights="hub", epochs=1), tmp_path / folder, small)
+
+    monkeypatch.setattr(pretrain, "load_weights", of_the_hub)
+    made = teacher("t", 1)
+    assert made.manifest["inputs"]["weights"].startswith("hub:timm/resnet10t")
+    assert made.manifest["places"] == {"weights": "hub"}
+    assert made.facts["weights"] == "hub"
+    assert teacher("same", 1).id == made.id
+    assert teacher("other", 2).facts["weights_sha256"] != made.facts["weights_sha256"]
+    monkeypatch.setattr(pretrain, "load_weights", lambda *args: pytest.fail("a finished teacher needs no network"))
+    assert teacher("t", 1).id == made.id
+    assert hub_name("resnet18") == "resnet18-f37072fd.pth"
+    assert hub_name("timm:no_such_model") == "timm/no_such_model"
+
+
+def test_a_teacher_of_earlier_versions_is_compared_by_its_hash(tmp_path, small):
+    path = weights_file(tmp_path / "w.pth", 5)
+    config = dataclasses.replace(QUICK, weights=str(path), epochs=1)
+    made = pretrain.run(config, tmp_path / "t", small)
+    manifest = json.loads((tmp_path / "t" / "manifest.json").read_text())
+    del manifest["inputs"], manifest["places"]
+    manifest["config"]["weights"] = manifest["facts"]["weights"] = "/elsewhere/w.pth"
+    (tmp_path / "t" / "manifest.json").write_text(json.dumps(manifest))
+    assert pretrain.run(config, tmp_path / "t", small).id == made.id
+    weights_file(path, 6)
+    with pytest.raises(UserError, match="its content is not what it was in /elsewhere"):
+        pretrain.run(config, tmp_path / "t", small)
 
 
 @pytest.mark.parametrize(

@@ -276,5 +276,7 @@ def test_labels_that_are_not_finite_are_refused(room, tmp_path: Path) -> None:
     teacher = load_teacher(broken)
     teacher.backbone.bn_layers()[-1][1].bias.fill_(torch.nan)
     teacher.save(broken.path / "teacher.safetensors")
+    files = {"teacher.safetensors": file_digest(broken.path / "teacher.safetensors")}
+    broken = Artifact(broken.path, {**broken.manifest, "files": files})
     with pytest.raises(UserError, match="not finite"):
         relabel.run(replace(CONFIG, teacher_mode="eval"), tmp_path / "labels", room.images, [broken])
