@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import resource
@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from fd2fast import causes
 from fd2fast.errors import UserError
 from fd2fast.sources import Source, compare, file_digest, known_digest, recorded_place
 
@@ -30,38 +31,41 @@ STATE = "state"
 # Beside the manifest, not part of the result: when its source files were last changed, so that they need not be read again.
 STAMPS = "stamps.json"
 _TEMPORARY = ".fd2fast-tmp-"
+# how a damaged file of an unfinished stage is repaired
+AGAIN = "remove it, and the same command does that part again"
 
 log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the system while `path` is made, moved or removed come out as a UserError with the cause and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if (told := causes.of_writing(Path(path), error)) is not None:
+            raise told from error
+        raise
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block ends well and removed when it does not.
 
-    Raises UserError (with the space left) when the disk is full or the folder cannot be written.
+    Raises UserError with the cause when the system refuses: a full disk (with the space left), a quota, a lost share ...
     """
     path = Path(path)
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        _remove(temporary)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(path.parent).free
-            raise UserError(
-                f"no space left while writing {path} ({free / 1e6:.1f} MB free there); what was finished before is kept: "
-                "free some space and run the same command again"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-        raise
-    except BaseException:
-        _remove(temporary)
-        raise
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            _remove(temporary)
+            raise
 
 
 def _remove(path: Path) -> None:
@@ -89,17 +93,45 @@ def write_npy(path: Path, array: np.ndarray) -> None:
         file.write(array.reshape(-1).view(np.uint8).data)
 
 
+def new_array(path: Path, shape: tuple[int, ...], dtype: Any = np.uint8) -> np.memmap:
+    """A mapped .npy file of zeros whose disk space is taken at once: a full disk is an error here, not a signal later."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return array
+
+
 def write_torch(path: Path, value: Any) -> None:
     """Write tensors and plain values (readable with weights_only=True) atomically."""
     import torch
 
-    with atomic_path(path) as temporary:
-        try:
-            torch.save(value, temporary)
-        except RuntimeError as error:  # torch's zip writer hides ENOSPC in a RuntimeError
-            if shutil.disk_usage(temporary.parent).free < 1 << 20:
-                raise OSError(errno.ENOSPC, "No space left on device") from error
+    # through a file of Python's: torch's own hides why a write failed
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        torch.save(value, file)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as a .safetensors file atomically; equal tensors, equal bytes."""
+    from safetensors.torch import save
+
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_bytes(path, save(plain, metadata=metadata))
+
+
+@contextlib.contextmanager
+def resumable(what: str) -> Iterator[None]:
+    """Errors of taking up a saved state (`what`) that is not what this version saves come out as a UserError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if causes.explained(error) is not None:  # no memory to take it up, say
             raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{what} does not fit ({type(error).__name__}: {reason}): it was saved by another version or is damaged; "
+            "--overwrite begins it anew"
+        ) from error
 
 
 def read_torch(path: Path) -> Any:
@@ -108,8 +140,24 @@ def read_torch(path: Path) -> Any:
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {causes.of_reading(path, error)}") from error
+    except MemoryError:
+        raise
     except Exception as error:
-        raise UserError(f"{path} is not a file of tensors: {str(error).splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is not a file of tensors ({reason[:200]}); {AGAIN}") from error
+
+
+def read_json(path: Path, what: str = "a record", repair: str = AGAIN) -> Any:
+    """The value in a JSON file that fd2fast wrote; a UserError says that it is not `what`, and how to repair that."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {causes.of_reading(path, error)}") from error
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{path} is not {what} of fd2fast ({reason}); {repair}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -278,16 +326,42 @@ def load(path: Path | str, kind: str | None = None) -> Artifact:
     if not file.is_file():
         state = "an unfinished one: run its command again" if (path / STATE).exists() else "it has no manifest.json"
         raise UserError(f"{path} is not a finished {kind or 'stage'} artifact ({state})")
+    manifest = read_json(file, "a manifest", f"make the {kind or 'artifact'} again")
     try:
-        manifest = json.loads(file.read_text())
         schema, found = manifest["schema"], manifest["kind"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{file} is not a manifest of fd2fast: {error}") from error
     if schema != SCHEMA:
         raise UserError(f"{file} has manifest version {schema}, this fd2fast reads {SCHEMA}")
+    if fault := _manifest_fault(manifest):
+        raise UserError(f"{file} is damaged: {fault}; make the {found} again")
     if kind is not None and found != kind:
         raise UserError(f"{path} holds a {found} artifact; wanted a {kind} artifact")
     return Artifact(path, manifest)
+
+
+def _manifest_fault(manifest: dict[str, Any]) -> str:
+    """What its readers would stumble over; empty for a sound manifest."""
+    kinds: dict[str, type] = {
+        "kind": str, "id": str, "config": dict, "parents": dict, "files": dict, "classes": list,
+        "size": int, "mean": list, "std": list, "facts": dict, "measured": dict,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        if type(manifest.get(name)) is not kind:
+            return f"{name} is {'missing' if name not in manifest else f'a {type(manifest[name]).__name__}'}"
+    if not all(isinstance(name, str) for name in manifest["classes"]):
+        return "classes are not all names"
+    for name in ("mean", "std"):
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in manifest[name]):
+            return f"{name} is not all finite numbers"
+    for name in manifest["files"]:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            return f"files leads out of the folder ({name!r})"
+    if not all(
+        isinstance(parent, dict) and isinstance(parent.get("id"), str) for parent in manifest["parents"].values()
+    ):
+        return "parents have no ids"
+    return ""
 
 
 class Stage:
@@ -403,7 +477,8 @@ def open_stage(
     if known is None or overwrite:
         wanted.must_be_there()
     if known is not None and overwrite:
-        shutil.rmtree(path)
+        with writing(path):
+            shutil.rmtree(path)
         known = None
     if known is None and path.is_dir() and any(p.name not in (STATE, STAMPS) for p in path.iterdir()):
         raise UserError(f"{path} holds other files; wanted an empty or new folder for the {kind}")
@@ -447,13 +522,13 @@ class _Wanted:
 
     def must_be_of(self, known: Path, path: Path) -> None:
         """UserError with the difference unless `known`, manifest or beginning of the result at `path`, tells of this one."""
+        found = read_json(known, repair=f"remove {path} and run again")
         try:
-            found = json.loads(known.read_text())
             difference = _other_result(found, self.kind, self._config, self.parents)
             names = dict.fromkeys([*_places(self._config), *self._sources])
             finished = known.name == MANIFEST
             other, notes = ("", []) if difference else compare(found, self._sources, names, finished=finished)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{known} is damaged ({error}); remove {path} and run again") from error
         if difference:
             raise UserError(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from fd2fast import __version__, threads
+from fd2fast import __version__, failure, stopping, threads
 from fd2fast.config import (
     DataConfig,
     DistillConfig,
@@ -381,7 +383,10 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 for a user's error, 130 when interrupted."""
+    """Run a command; 0 on success, 2 for a user's error, 1 for one of the surroundings, 70 for one of the program.
+
+    130 when interrupted, 143 when ended by SIGTERM. FD2FAST_DEBUG=1 shows tracebacks.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -389,21 +394,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] in ("--version", "version"):
         print(__version__)
         return 0
-    show_notes()
-    threads.settle()
     try:
-        if arguments[0] not in COMMANDS:
-            raise UserError(f"unknown command {arguments[0]!r}: {nearest(arguments[0], COMMANDS)}")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments[0] not in SHARED:
-            raise UserError(
-                f"{arguments[0]} runs in one process: start it without torchrun ({', '.join(SHARED)} can share)"
-            )
-        COMMANDS[arguments[0]](arguments[1:])
+        with stopping.raising(lambda number: _stopped(arguments[0], number)):
+            show_notes()
+            threads.settle()
+            _command(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _complain(error, str(error))
         return 2
-    except KeyboardInterrupt:
-        resumes = arguments[0] not in ("bench", "info")
-        print("\nstopped" + ("; the same command goes on from the last checkpoint" if resumes else ""), file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        code = stopping.exit_code(error)
+        _stopped(arguments[0], code - 128)
+        return code
+    except Exception as error:
+        told, code = failure.line(error, arguments)
+        _complain(error, told)
+        return code
     return 0
+
+
+def _command(arguments: Sequence[str]) -> None:
+    if arguments[0] not in COMMANDS:
+        raise UserError(f"unknown command {arguments[0]!r}: {nearest(arguments[0], COMMANDS)}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments[0] not in SHARED:
+        raise UserError(
+            f"{arguments[0]} runs in one process: start it without torchrun ({', '.join(SHARED)} can share)"
+        )
+    COMMANDS[arguments[0]](arguments[1:])
+
+
+def _complain(error: BaseException, told: str) -> None:
+    """One line on stderr, which says whose it is where several processes write."""
+    if failure.wants_traceback():
+        traceback.print_exception(error)
+    rank = os.environ.get("RANK", "?") if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1") else ""
+    whose = f" (process {rank} of the job)" if rank else ""
+    print(f"error{whose}: {told}", file=sys.stderr, flush=True)
+
+
+def _stopped(command: str, number: int) -> None:
+    by = "" if number == signal.SIGINT else f" by {stopping.SIGNALS.get(signal.Signals(number).name, number)}"
+    resumes = command not in ("bench", "info")
+    told = f"stopped{by}" + ("; the same command goes on from the last checkpoint" if resumes else "")
+    print(f"\n{told}", file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import logging
 import time
 from collections import deque
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fd2fast import threads
-from fd2fast.artifacts import Stage, write_json
+from fd2fast.artifacts import Stage, read_json, write_json
 from fd2fast.config import DistillConfig
 from fd2fast.data.pixels import bounds, quantize, save_image
 from fd2fast.inputs import Inputs
@@ -95,7 +94,7 @@ class Engine:
         """Of each finished part in the plan's order: its segments and the lines of its losses."""
         for step in self.plan.steps():
             for path in sorted(self._folder("steps").glob(f"{step.index:06d}-*.json")):
-                yield json.loads(path.read_text())
+                yield read_json(path)
 
     def _folder(self, name: str) -> Path:
         return self.stage.state / name
@@ -110,7 +109,7 @@ class Engine:
         """What is left of a step, with the states that were saved."""
         left = [int(s) for s in self.plan.step(index).segments]
         for path in sorted(self._folder("steps").glob(f"{index:06d}-*.json")):
-            finished = json.loads(path.read_text())["segments"]
+            finished = read_json(path)["segments"]
             if all(file.is_file() for file in self.inputs.files(finished)):
                 left = [s for s in left if s not in finished]
             else:  # an image was lost: made again

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,10 +153,9 @@ def _teachers_of(method: str, teachers: Sequence[Artifact]) -> list[Artifact]:
 def report_of(out: Path | str) -> str:
     """Draw the report of a finished run from its manifests; returns the table as text."""
     out = Path(out)
-    try:
-        index = json.loads((out / "run.json").read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{out} holds no finished run (run.json is missing): run the same fd2fast run again") from error
+    if not (out / "run.json").exists():
+        raise UserError(f"{out} holds no finished run (run.json is missing): run the same fd2fast run again")
+    index = artifacts.read_json(out / "run.json", "a run's index", "run the same fd2fast run again")
     load = artifacts.load
     return report.run(
         out / "report",

@@ -139,8 +139,11 @@ def _by_processes(
             if "report" in message:
                 report(worker.task, message["report"])
             elif "error" in message:
-                kind = UserError if message["user"] else RuntimeError
-                raise kind(f"{task.name}: {message['error']}")
+                if message["user"]:
+                    raise UserError(f"{task.name}: {message['error']}")
+                unforeseen = RuntimeError(f"{task.name}: {message['error']}")
+                unforeseen.add_note(message["details"])
+                raise unforeseen
             else:
                 index, worker.task = worker.task, None
                 left -= 1
@@ -181,13 +184,14 @@ def _serve() -> None:
         try:
             found = _call(call["function"], call["arguments"], lambda state: say({"report": state}))
         except Exception as error:
-            user = isinstance(error, UserError)
-            text = str(error)
-            if not user:
+            if isinstance(error, UserError):
+                say({"error": str(error), "user": True})
+            else:
                 import traceback
 
-                text = "".join(traceback.format_exception(error))
-            say({"error": text, "user": user})
+                details = "".join(traceback.format_exception(error))
+                told = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                say({"error": told, "user": False, "details": details})
         else:
             say({"result": found})
 

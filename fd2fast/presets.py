@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import stat
 import tomllib
 import typing
 from pathlib import Path
 from typing import Any
 
+from fd2fast.causes import of_reading
 from fd2fast.config import (
     DataConfig,
     DistillConfig,
@@ -96,6 +99,9 @@ def preset(name: str) -> RunConfig:
     return PRESETS[name]
 
 
+# Most bytes of a file of settings.
+_MOST_BYTES = 1 << 20
+
 # Iterations of a quick run whose settings leave them to the method (2,000 to 6,000).
 _QUICK_ITERATIONS = 600
 
@@ -138,13 +144,53 @@ def _part(count: int, parts: int) -> int:
 
 def from_toml(path: Path, default: Any) -> Any:
     """`default` with the values of a TOML file; tables are nested settings. UserError names an unknown key or a wrong value."""
+    text = _text(Path(path))
     try:
-        values = tomllib.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from error
+        values = tomllib.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{path} is not TOML of settings: it is nested too deeply") from error
+    except ValueError as error:  # also numbers and dates out of range
+        told = str(error)
+        if (found := re.search(r"at line (\d+)", told)) and int(found[1]) <= len(lines := text.splitlines()):
+            told += f": {lines[int(found[1]) - 1].strip()[:80]!r}"
+        if path.suffix.lower() in (".json", ".yaml", ".yml", ".ini", ".py"):
+            told += f"; {path.suffix} files are not read, write the settings as TOML"
+        raise UserError(f"{path} is not TOML: {told}") from error
     return merge(default, values, where=str(path))
+
+
+def _text(path: Path) -> str:
+    """The text of a file of settings in UTF-8 or, with a byte-order mark, UTF-16; UserError that says what it is instead."""
+    try:
+        kind = path.stat()
+        if stat.S_ISDIR(kind.st_mode):
+            raise UserError(f"{path} is a folder; wanted a TOML file of settings")
+        # what a shell hands over (<(...), /dev/stdin) has an end; a pipe on disk may never have a writer
+        handed_over = path.absolute().parts[:2] in (("/", "dev"), ("/", "proc"))
+        if not stat.S_ISREG(kind.st_mode) and not (stat.S_ISFIFO(kind.st_mode) and handed_over):
+            raise UserError(f"{path} is no regular file (a pipe or device); wanted a TOML file of settings")
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{path} is missing") from error
+        raise UserError(f"{path} cannot be read: {of_reading(path, error)}") from error
+    if len(content) > _MOST_BYTES:
+        raise UserError(f"{path} has more than {_MOST_BYTES} bytes; wanted a TOML file of settings")
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line, byte = content[: error.start].count(b"\n") + 1, content[error.start]
+        name = encoding.removesuffix("-sig")
+        raise UserError(
+            f"{path} is not TOML: line {line} has a byte (0x{byte:02x}) that is not {name}; save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise UserError(
+            f"{path} is not TOML: it holds zero bytes (UTF-16 without its mark, or no text); save it as UTF-8"
+        )
+    return text
 
 
 def merge(config: Any, values: dict[str, Any], where: str) -> Any:
@@ -153,15 +199,26 @@ def merge(config: Any, values: dict[str, Any], where: str) -> Any:
     changes: dict[str, Any] = {}
     for key, value in values.items():
         if key not in types:
-            raise UserError(f"{where}: unknown setting {key!r}: {nearest(key, types)}")
+            raise UserError(f"{where}: unknown setting {_shown(key)}: {_place(config, key) or nearest(key, types)}")
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):
-                raise UserError(f"{where}: {key} is a table of settings, got {value!r}")
+                raise UserError(f"{where}: {key} is a table of settings, got {_shown(value)}")
             changes[key] = merge(current, value, f"{where}: {key}")
         else:
             changes[key] = _convert(value, types[key], f"{where}: {key}")
     return dataclasses.replace(config, **changes)
+
+
+def _place(config: Any, key: str) -> str:
+    """In which tables a setting belongs that stands outside of them; empty if in none."""
+    nested = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    tables = [
+        f"[{name}]"
+        for name, part in nested.items()
+        if dataclasses.is_dataclass(part) and key.replace("-", "_") in {f.name for f in dataclasses.fields(part)}
+    ]
+    return f"it is a setting of {', '.join(tables)}: write it below that line" if tables else ""
 
 
 def _convert(value: Any, wanted: Any, where: str) -> Any:
@@ -185,4 +242,9 @@ def _convert(value: Any, wanted: Any, where: str) -> Any:
     elif isinstance(wanted, type) and type(value) is wanted:
         return value
     name = getattr(wanted, "__name__", None) if origin is None else str(wanted).replace("typing.", "")
-    raise UserError(f"{where} must be {name}, got {value!r}")
+    raise UserError(f"{where} must be {name}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

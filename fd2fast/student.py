@@ -13,12 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fd2fast import seeding, threads
-from fd2fast.artifacts import Artifact, atomic_path, config_dict, load, read_torch, write_json, write_torch
+from fd2fast.artifacts import (
+    Artifact,
+    config_dict,
+    load,
+    read_torch,
+    resumable,
+    write_json,
+    write_safetensors,
+    write_torch,
+)
 from fd2fast.config import EvaluateConfig
 from fd2fast.data.distilled import load_images
 from fd2fast.data.store import ImageSet, load_split
@@ -174,8 +182,7 @@ class Training:
             if time.monotonic() - saved > SAVE_SECONDS and self.epoch < self.lessons.epochs:
                 write_torch(save, self._state())
                 saved = time.monotonic()
-        with atomic_path(self.path / "students" / f"{self.seed}.safetensors") as temporary:
-            save_file({k: v.cpu().contiguous() for k, v in self.student.state_dict().items()}, temporary)
+        write_safetensors(self.path / "students" / f"{self.seed}.safetensors", self.student.state_dict())
         best = max(self.tests, key=lambda test: test["top1"])
         last = self.tests[-1]
         return {
@@ -200,11 +207,12 @@ class Training:
         }
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.epoch, self.losses, self.tests = int(state["epoch"]), list(state["losses"]), list(state["tests"])
-        self.seconds = float(state["seconds"])
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        with resumable(f"the saved state of student {self.seed}"):
+            self.epoch, self.losses, self.tests = int(state["epoch"]), list(state["losses"]), list(state["tests"])
+            self.seconds = float(state["seconds"])
+            self.student.load_state_dict(state["student"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
 
     def _train_epoch(self) -> None:
         config, epochs = self.config, self.lessons.epochs

@@ -164,7 +164,7 @@ def test_a_write_the_system_really_refuses_leaves_nothing(tmp_path):
         f"artifacts.write_npy(pathlib.Path({str(tmp_path / 'big.npy')!r}), np.zeros(100_000))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "UserError: no space left while writing" in done.stderr
+    assert "the file is too large for a limit" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -204,3 +204,29 @@ def test_arrays_come_back_as_they_were(tmp_path, array):
     assert read.dtype == array.dtype
     assert read.shape == array.shape
     np.testing.assert_array_equal(read, array)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"classes": None}, "classes is a NoneType"),
+        ({"classes": [1, 2]}, "classes are not all names"),
+        ({"size": "8"}, "size is a str"),
+        ({"mean": [0.5, "x", 1]}, "mean is not all finite numbers"),
+        ({"std": [float("nan")]}, "std is not all finite numbers"),
+        ({"files": {"../../etc/passwd": "x"}}, "leads out of the folder"),
+        ({"files": {"/etc/passwd": "x"}}, "leads out of the folder"),
+        ({"files": ["a"]}, "files is a list"),
+        ({"parents": {"dataset": "x"}}, "parents have no ids"),
+        ({"id": 3}, "id is a int"),
+    ],
+)
+def test_a_manifest_that_was_changed_by_hand_is_refused(tmp_path, change, told):
+    manifest = make(tmp_path / "a").manifest
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(UserError, match=told):
+        artifacts.load(tmp_path / "a", "thing")
+    gone = {key: value for key, value in manifest.items() if key != next(iter(change))}
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(gone))
+    with pytest.raises(UserError, match="is missing"):
+        artifacts.load(tmp_path / "a", "thing")

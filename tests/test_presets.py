@@ -1,5 +1,8 @@
 """Presets and TOML settings."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from fd2fast.config import DistillConfig, PretrainConfig, RunConfig, replace
@@ -82,3 +85,82 @@ def test_wrong_toml_names_the_key(tmp_path, text, message):
 def test_missing_toml_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.toml is missing"):
         from_toml(tmp_path / "none.toml", RunConfig())
+
+
+TEXT = "[distill]\nlr = 0.25\n# café\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TEXT.encode("utf-8-sig"),
+        TEXT.encode("utf-16"),
+        b"\xfe\xff" + TEXT.encode("utf-16-be"),
+        TEXT.replace("\n", "\r\n").encode(),
+        TEXT.replace("\n", "\r\n").encode("utf-16"),
+        TEXT.rstrip().encode(),
+    ],
+)
+def test_what_editors_save_is_read(tmp_path, content):
+    file = tmp_path / "a.toml"
+    file.write_bytes(content)
+    assert from_toml(file, RunConfig()).distill.lr == 0.25
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (TEXT.encode("latin-1"), r"line 3 has a byte \(0xe9\) that is not utf-8; save it as UTF-8"),
+        (TEXT.encode("utf-16-le"), "zero bytes|not utf-8"),
+        (b"\xff\xfea", "not utf-16|is not TOML"),
+        (b"lr = 1\rlam = 2\r", "is not TOML"),
+        (b"[distill]\nlr = 1\nlr = 2\n", r"line 3.*'lr = 2'"),
+        (b"[data]\nsize = 1\n[data]\nsize = 2\n", "line 3"),
+        (b"ipc = " + b"9" * 5000, "is not TOML"),
+        (b"ipc = " + b"[" * 100_000, "nested too deeply|is not TOML"),
+        (b"\x00\x01", "is not TOML"),
+        (b"x" * ((1 << 20) + 1), "more than"),
+        (b"[destill]\nlr = 1\n", r"unknown setting 'destill': did you mean 'distill'\?"),
+        (b"[datasets]\nsize = 1\n", r"did you mean 'data'\?"),
+        (b"lam = 0.5\n", r"unknown setting 'lam': it is a setting of \[distill\]"),
+        (b"lr = 0.5\n", r"a setting of \[pretrain\], \[distill\], \[evaluate\]"),
+        (b"[pretrain]\neval-every = 2\n", r"did you mean 'eval_every'\?"),
+        (b"ipc = 3\n", "ipc must be"),
+        (b"teachers = 'ResNet18'\n", "teachers must be"),
+        (b"[[data]]\nsize = 1\n", "data is a table of settings"),
+        (b"out = 2024-01-01\n", "out must be"),
+    ],
+)
+def test_a_file_that_cannot_be_taken_is_one_line(tmp_path, content, message):
+    file = tmp_path / "a.toml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as found:
+        from_toml(file, RunConfig())
+    assert "\n" not in str(found.value)
+    assert str(file) in str(found.value)
+
+
+def test_other_languages_folders_and_pipes_are_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"distill": {"lr": 1}}')
+    with pytest.raises(UserError, match=r"write the settings as TOML"):
+        from_toml(tmp_path / "a.json", RunConfig())
+    with pytest.raises(UserError, match="is a folder"):
+        from_toml(tmp_path, RunConfig())
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(UserError, match="no regular file"):
+        from_toml(tmp_path / "pipe.toml", RunConfig())
+    with pytest.raises(UserError, match="no regular file"):
+        from_toml(Path("/dev/zero"), RunConfig())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a part of the path is a file"):
+        from_toml(tmp_path / "file" / "a.toml", RunConfig())
+
+
+def test_what_a_shell_hands_over_is_read():
+    reader, writer = os.pipe()
+    os.write(writer, TEXT.encode())
+    os.close(writer)
+    try:
+        assert from_toml(Path(f"/dev/fd/{reader}"), RunConfig()).distill.lr == 0.25
+    finally:
+        os.close(reader)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fd2fast.artifacts import Artifact, Stage, atomic_path, open_stage, write_json, write_npy
+from fd2fast.artifacts import Artifact, Stage, atomic_path, new_array, open_stage, write_json, write_npy, writing
 from fd2fast.config import DATASETS, DataConfig
 from fd2fast.data import typefaces
 from fd2fast.data.content import look_at
@@ -137,7 +137,8 @@ class _Rows:
         self.files = {name: getattr(listing, name).files for name in _SPLITS}
         self.images: dict[str, np.ndarray] = {}
         self.status: dict[str, np.ndarray] = {}
-        state.mkdir(parents=True, exist_ok=True)
+        with writing(state):
+            state.mkdir(parents=True, exist_ok=True)
         for split in _SPLITS:
             self._open(split)
 
@@ -151,7 +152,7 @@ class _Rows:
             _, self.images[split], self.status[split] = found
             return
         with atomic_path(pixels) as fresh, atomic_path(status) as marks:
-            images, done = _new_array(fresh, shape), _new_array(marks, shape[:1])
+            images, done = new_array(fresh, shape), new_array(marks, shape[:1])
             if found is not None:
                 places = {tuple(key): n for n, key in enumerate(found[0])}
                 for row, key in enumerate(keys):
@@ -209,12 +210,13 @@ class _Rows:
                     else:
                         done.append(result)
                     bar.step()
-                for split in _SPLITS:  # the pixels reach the disk before the marks that vouch for them
-                    self.images[split].flush()  # type: ignore[attr-defined]
-                for split, row, mark in done:
-                    self.status[split][row] = mark
-                for split in _SPLITS:
-                    self.status[split].flush()  # type: ignore[attr-defined]
+                with writing(self._state):
+                    for split in _SPLITS:  # the pixels reach the disk before the marks that vouch for them
+                        self.images[split].flush()  # type: ignore[attr-defined]
+                    for split, row, mark in done:
+                        self.status[split][row] = mark
+                    for split in _SPLITS:
+                        self.status[split].flush()  # type: ignore[attr-defined]
         return bad
 
     def converted(self) -> dict[str, int]:
@@ -234,23 +236,15 @@ class _Rows:
         source = self._state / f"{split}.npy"
         if keep.all():
             self.images.pop(split)
-            os.replace(source, target)
+            with writing(target):
+                os.replace(source, target)
             return
         rows = np.flatnonzero(keep)
         with atomic_path(target) as temporary:
-            result = _new_array(temporary, (len(rows), 3, self._size, self._size))
+            result = new_array(temporary, (len(rows), 3, self._size, self._size))
             for start in range(0, len(rows), _CHUNK):
                 result[start : start + _CHUNK] = self.images[split][rows[start : start + _CHUNK]]
             result.flush()
-
-
-def _new_array(path: Path, shape: tuple[int, ...]) -> Any:
-    """A mapped uint8 array of zeros whose disk space is taken at once: a full disk is an error here, not a crash later."""
-    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
 
 
 def _key(path: Path) -> list[Any]:

@@ -8,8 +8,8 @@ a set and leaves the rest as it was.
 
 from __future__ import annotations
 
-import errno
 import functools
+import io
 import logging
 import math
 import os
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fd2fast.artifacts import writing
 from fd2fast.config import DataConfig
 from fd2fast.data.walk import walk
 from fd2fast.errors import UserError
@@ -319,8 +320,9 @@ def render_set(config: DataConfig, faces: list[Face], folder: Path) -> dict[str,
         digits = max(3, len(str(count - 1)))
         for face in faces:
             here = folder / split / face.name
-            here.mkdir(parents=True, exist_ok=True)
-            there = set(os.listdir(here))
+            with writing(here):
+                here.mkdir(parents=True, exist_ok=True)
+                there = set(os.listdir(here))
             for number in range(count):
                 name = f"{number:0{digits}d}.png"
                 if name in there:
@@ -336,21 +338,17 @@ def render_set(config: DataConfig, faces: list[Face], folder: Path) -> dict[str,
 
 
 def _write(path: Path, face: Face, seed: int, split: str, number: int, size: int) -> None:
-    image = Image.fromarray(render(face, seed, split, number, size))
+    content = io.BytesIO()
+    Image.fromarray(render(face, seed, split, number, size)).save(content, "PNG", compress_level=1)
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        image.save(temporary, "PNG", compress_level=1)
-        os.replace(
-            temporary, path
-        )  # without fsync, which would take longer than the rest: a killed process loses nothing
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left while writing {path}; the images rendered so far are kept: "
-                "free some space and run the same command again"
-            ) from error
-        raise
+    with writing(path):
+        try:
+            temporary.write_bytes(content.getbuffer())
+            # without fsync, which would take longer than the rest: a killed process loses nothing
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @functools.lru_cache(maxsize=512)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fd2fast.errors import UserError, nearest
+from fd2fast.models.matching import Candidate, check_values, choose, find, refuse
+from fd2fast.models.weights_file import Foreign, read_tensors
 
 log = logging.getLogger("fd2fast")
 
@@ -243,95 +246,45 @@ def _map_channels(name: str, net: Any) -> int:
 
 
 def load_weights(backbone: Backbone, source: str | Path, *, allow_new_head: bool = True) -> list[str]:
-    """Load a state dict of the stock module into `backbone`; returns notices (also logged).
+    """Load weights of the stock module into `backbone`; returns notices (also logged).
 
-    `source` is a .safetensors or torch file (a state dict, bare or under "state_dict" or "model"; read with
-    weights_only=True) or "hub": ImageNet weights fetched by name. With `allow_new_head` a head of another class count is
-    left as initialised, with a notice; every other mismatch is a UserError that names the first keys.
+    `source` is a .safetensors or torch file, read without executing anything in it, or "hub": ImageNet weights fetched by
+    name. The state dict may lie at any depth of the file, its names behind any prefix (Lightning, DataParallel, FSDP,
+    torch.compile); of an EMA copy and others the EMA copy is taken, as timm does, with a notice. With `allow_new_head` a head
+    of another class count, or none, leaves the model's as initialised, with a notice; every other mismatch is a UserError that
+    names the first keys, and so are several sets that fit, quantised weights, NaN and infinite values.
     """
-    state = _hub_state(backbone) if str(source) == "hub" else read_state_dict(Path(source))
-    return load_state(backbone, state, origin=str(source), allow_new_head=allow_new_head)
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A flat dict of tensors from a .safetensors or torch file; UserError if it is missing or not that."""
-    state = _unwrap(read_tensors(path))
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"{path} is not a state dict: {key!r} is a {type(value).__name__}, wanted a tensor")
-    if not state:
-        raise UserError(f"{path} holds no tensors; wanted the state dict of a model")
-    return state
-
-
-def read_tensors(path: Path) -> dict[str, Any]:
-    """The dict stored in a .safetensors or torch file (weights_only); UserError if it is missing or something else."""
-    if not path.is_file():
-        raise UserError(f"weights {path}: there is no such file; wanted a .pth or .safetensors file, or 'hub'")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated zip, foreign pickle, text file: every reader has its own type
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"weights {path} cannot be read as tensors only (nothing in it was executed): {reason}"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"weights {path} holds a {type(content).__name__}; wanted a state dict")
-    return content
-
-
-def _unwrap(content: dict[str, Any]) -> dict[str, Any]:
-    for key in ("state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    for name in (*STOCK, "Densenet121"):
-        if isinstance(content.get(name), dict):  # the reference's pool file: {ModelName: state dict, "cal": ..., ...}
-            content = content[name]
-    for prefix in ("module.", "backbone."):
-        if content and any(str(key).startswith(prefix) for key in content):
-            content = {key[len(prefix) :]: value for key, value in content.items() if key.startswith(prefix)}
-    return dict(content)
+    content = _hub_state(backbone) if str(source) == "hub" else read_tensors(Path(source))
+    return load_state(backbone, content, origin=f"weights {source}", allow_new_head=allow_new_head)
 
 
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
-def load_state(backbone: Backbone, state: dict[str, Tensor], *, origin: str, allow_new_head: bool = True) -> list[str]:
-    """Load `state` (stock names, also DenseNet's old ones) strictly but for the head; see `load_weights`."""
-    net, notices = backbone.net, []
-    wanted = net.state_dict()
-    state = {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+def load_state(
+    backbone: Backbone, content: Mapping[str, Any], *, origin: str, allow_new_head: bool = True
+) -> list[str]:
+    """Load the state dict that `content` holds (stock names, also DenseNet's old ones); see `load_weights`."""
+    net = backbone.net
+    own = net.state_dict()
     head = [f"{backbone.head}.{part}" for part in ("weight", "bias")] if backbone.head else []
-    other_head = [k for k in head if k in state and k in wanted and state[k].shape != wanted[k].shape]
-    if other_head and allow_new_head:
-        given, own = tuple(state[other_head[0]].shape), tuple(wanted[other_head[0]].shape)
-        notices.append(f"{origin}: head {backbone.head} is {given}, this model needs {own}: it starts untrained")
-        for key in head:
-            state.pop(key, None)
-    counters = {key for key in wanted if key.endswith("num_batches_tracked")}
-    replaced = set(head) if other_head and allow_new_head else set()
-    missing = [key for key in wanted if key not in state and key not in counters and key not in replaced]
-    unexpected = [key for key in state if key not in wanted]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    if missing or unexpected or shapes:
-        told = [
-            f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes))
-            if keys
-        ]
-        raise UserError(f"{origin} does not hold weights of {backbone.name}: {'; '.join(told)}")
+    candidates = _candidates(content, {key: value.shape for key, value in own.items()}, head, allow_new_head)
+    if not candidates or not candidates[0].fits:
+        hint = _made_for(content, backbone.name)
+        raise refuse(content, candidates, origin=origin, model=backbone.name, hint=hint)
+    chosen, notices = choose(candidates, origin=origin)
+    state = chosen.tensors
+    if chosen.head:
+        given = tuple(state[head[0]].shape) if head[0] in state else "not there"
+        wanted = tuple(own[head[0]].shape)
+        notices.append(
+            f"head {backbone.head} of the weights is {given}, this model needs {wanted}: it starts untrained"
+        )
+        state = {key: value for key, value in state.items() if key not in head}
+    check_values(state, origin=origin)
     net.load_state_dict(state, strict=False)
     for notice in notices:
-        log.warning(notice)
+        log.warning("%s: %s", origin, notice)
     return notices
 
 
@@ -344,6 +297,34 @@ def hub_name(name: str) -> str:
     architecture = canonical.removeprefix("timm:").split(",")[0]
     known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
     return f"timm/{architecture if known is None or not known.tag else f'{known.architecture}.{known.tag}'}"
+
+
+def _candidates(
+    content: Mapping[str, Any], shapes: Mapping[str, torch.Size], head: Sequence[str], new_head: bool
+) -> list[Candidate]:
+    return find(content, shapes, head, new_head=new_head, rename=lambda key: _OLD_DENSENET.sub(r"\1\2", key))
+
+
+@functools.cache
+def _stock_shapes(name: str) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {key: value.shape for key, value in STOCK[name].builder(weights=None).state_dict().items()}
+
+
+def _made_for(content: Mapping[str, Any], model: str) -> str:
+    """Which model the weights are of, if their names and shapes or an entry of the file tell; else empty."""
+    for name, stock in STOCK.items():
+        head = [f"{stock.head}.{part}" for part in ("weight", "bias")]
+        if name != model and any(one.fits for one in _candidates(content, _stock_shapes(name), head, True)[:1]):
+            return f"they are weights of {name}"
+    settings: list[Mapping[str, Any]] = [content]
+    settings += [v.state for v in content.values() if isinstance(v, Foreign) and isinstance(v.state, dict)]
+    settings += [v for v in content.values() if isinstance(v, dict)]
+    for entries in settings:
+        for key in ("arch", "architecture", "model_name", "model"):
+            if isinstance(told := entries.get(key), str) and told != model:
+                return f"the file calls its model {told[:60]!r}"
+    return ""
 
 
 def _hub_state(backbone: Backbone) -> dict[str, Tensor]:

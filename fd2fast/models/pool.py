@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fd2fast.artifacts import write_torch
+from fd2fast.artifacts import read_torch, write_torch
 from fd2fast.errors import UserError, nearest
-from fd2fast.models.backbone import build_backbone, canonical_name, load_state, read_tensors
+from fd2fast.models.backbone import build_backbone, canonical_name, load_state
+from fd2fast.models.matching import check_values
 from fd2fast.models.teacher import Teacher
+from fd2fast.models.weights_file import read_tensors
 
 # our name -> the reference's, which is the key in the file and the begin of its name
 REFERENCE_NAMES = {
@@ -44,7 +46,7 @@ def pool_name(teacher: Teacher) -> str:
 
 
 def export_teacher(teacher: Teacher, folder: Path | str) -> Path:
-    """Write the checkpoint the reference's recover and relabel read; the path.
+    """Write the checkpoint the reference's recover and relabel read; the path. UserError if another teacher has its name there.
 
     A dict {Model: backbone state dict, "cal": head state dict, "feature_center": prototypes of the released rule [K, M*C]}.
     """
@@ -54,8 +56,22 @@ def export_teacher(teacher: Teacher, folder: Path | str) -> Path:
         HEAD: _plain(teacher.head.state_dict()),
         CENTERS: teacher.prototypes_last.detach().float().cpu().clone(),
     }
+    if path.exists():
+        if not _same_content(read_torch(path), content):
+            raise UserError(f"{path} is there and holds another teacher; remove it or export to another folder")
+        return path
     write_torch(path, content)
     return path
+
+
+def _same_content(found: Any, content: Any) -> bool:
+    if isinstance(content, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == content.keys()
+            and all(_same_content(found[key], value) for key, value in content.items())
+        )
+    return isinstance(found, Tensor) and found.dtype == content.dtype and torch.equal(found, content)
 
 
 def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,23 +95,29 @@ def import_checkpoint(
     for part, kind in ((key, dict), (HEAD, dict), (CENTERS, Tensor)):
         if not isinstance(content.get(part), kind):
             raise UserError(
-                f"{path} is no checkpoint of the reference: {part!r} is missing; it holds {list(content)[:5]}"
+                f"{path} is no checkpoint of the reference: {part!r} is missing; it holds {_shown(content)}; weights of a "
+                "plain model serve as starting weights: fd2fast pretrain --weights FILE"
             )
     if alpha is None:
         if named is None:
             raise UserError(f"{path}: the name does not tell alpha (wanted Model_M8_5e-1cal.pth); give alpha")
         alpha = float(named["alpha"])
-    head, centers = content[HEAD], content[CENTERS]
+    head, centers = _without_prefix(content[HEAD], "attentions.conv.weight"), content[CENTERS]
     try:
         maps, classes = head["attentions.conv.weight"].shape[0], head["fc.weight"].shape[0]
     except (KeyError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: 'cal' holds no CAL head ({error})") from error
+    check_values(
+        {**{f"cal.{k}": v for k, v in head.items() if isinstance(v, Tensor)}, CENTERS: centers}, origin=str(path)
+    )
+    if maps < 1:
+        raise UserError(f"{path}: 'cal' has no attention maps ({list(head['attentions.conv.weight'].shape)})")
     backbone = build_backbone(_our_name(key, content[key]), classes)
     load_state(backbone, content[key], origin=str(path), allow_new_head=False)
     teacher = Teacher(backbone, maps, alpha=alpha, size=size)
     try:
         teacher.head.load_state_dict(head)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: 'cal' does not fit {backbone.name}: {' '.join(str(error).split())[:300]}") from error
     if centers.shape != teacher.prototypes_last.shape:
         wanted = list(teacher.prototypes_last.shape)
@@ -118,14 +140,29 @@ def _model_key(path: Path, content: dict[str, Any], model: str | None, named: re
         return named["model"]
     found = [key for key in content if key in REFERENCE_NAMES.values()]
     if len(found) != 1:
-        raise UserError(f"{path} is no checkpoint of the reference: it holds {list(content)[:5]}")
+        raise UserError(
+            f"{path} is no checkpoint of the reference: it holds {_shown(content)}, and no one of "
+            f"{', '.join(dict.fromkeys(REFERENCE_NAMES.values()))}; weights of a plain model serve as starting weights: "
+            "fd2fast pretrain --weights FILE"
+        )
     return found[0]
+
+
+def _shown(content: dict[str, Any]) -> str:
+    more = f" and {len(content) - 5} more" if len(content) > 5 else ""
+    return f"{[str(key)[:40] for key in list(content)[:5]]}{more}"
+
+
+def _without_prefix(state: dict[str, Any], name: str) -> dict[str, Any]:
+    """Names without what DataParallel or torch.compile put before them, told by the one that must be there."""
+    prefix = next((key.removesuffix(name) for key in state if isinstance(key, str) and key.endswith(name)), "")
+    return {key.removeprefix(prefix): value for key, value in state.items()} if prefix else state
 
 
 def _our_name(key: str, state: dict[str, Any]) -> str:
     """The reference's ShuffleNetV2 is x0.5 where FADRM's is x1.0: the width of the tensors tells."""
     if key == "ShuffleNetV2":
-        first = state.get("stage2.0.branch1.2.weight")
+        first = _without_prefix(state, "stage2.0.branch1.2.weight").get("stage2.0.branch1.2.weight")
         return "ShuffleNetV2_x0.5" if isinstance(first, Tensor) and first.shape[0] == 24 else "ShuffleNetV2"
     for ours, theirs in REFERENCE_NAMES.items():
         if theirs == key:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fd2fast.artifacts import Artifact, write_bytes
+from fd2fast.artifacts import Artifact, write_safetensors
 from fd2fast.errors import UserError
 from fd2fast.models.attention_head import AttentionHead
 from fd2fast.models.backbone import Backbone, build_backbone
@@ -73,8 +73,6 @@ class Teacher(nn.Module):
 
     def save(self, path: Path | str) -> None:
         """Write backbone.*, head.* and prototypes with the settings as metadata, atomically; equal teachers, equal bytes."""
-        from safetensors.torch import save
-
         tensors = {f"backbone.{key}": value for key, value in self.backbone.net.state_dict().items()}
         tensors |= {f"head.{key}": value for key, value in self.head.state_dict().items()}
         tensors |= {"prototypes_ema": self.prototypes_ema, "prototypes_last": self.prototypes_last}
@@ -86,8 +84,7 @@ class Teacher(nn.Module):
             "accuracy": self.accuracy,
             "size": self.size,
         }
-        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        write_bytes(Path(path), save(plain, metadata={_METADATA: json.dumps(settings)}))
+        write_safetensors(Path(path), tensors, {_METADATA: json.dumps(settings)})
 
     @staticmethod
     def load(path: Path | str) -> Teacher:
@@ -111,9 +108,11 @@ class Teacher(nn.Module):
             teacher.head.load_state_dict(_below(tensors, "head."))
             for name in ("prototypes_ema", "prototypes_last"):
                 getattr(teacher, name).copy_(tensors[name])
-        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        except UserError:
+            raise
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{path} is not a teacher of fd2fast: {reason}") from error
+            raise UserError(f"{path} is not a teacher of fd2fast: {reason[:300]}; make the teacher again") from error
         return teacher
 
 

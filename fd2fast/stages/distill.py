@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fd2fast.artifacts import Artifact, Stage, atomic_path, load, open_stage, write_json
+from fd2fast.artifacts import Artifact, Stage, atomic_path, load, open_stage, read_json, write_json
 from fd2fast.config import DistillConfig
 from fd2fast.data.pixels import grid, quantize, save_image
 from fd2fast.device import pick_device, repeatable, settle_precision
@@ -120,7 +119,7 @@ def _begin(stage: Stage, given: dict[str, Any]) -> None:
     """Record the draws that the artifact is begun with, or refuse others than those."""
     begun = stage.state / "draws.json"
     if begun.is_file():
-        _same_draws(given, json.loads(begun.read_text()), stage.path)
+        _same_draws(given, read_json(begun), stage.path)
     write_json(begun, given)
 
 
@@ -266,8 +265,8 @@ def _plan(
     def settle() -> tuple[Plan, StepMemory | None]:
         known = recorded.with_name("memory.json")
         if recorded.is_file():
-            memory = StepMemory(**json.loads(known.read_text())) if known.is_file() else None
-            return Plan.from_json(json.loads(recorded.read_text())), memory
+            memory = StepMemory(**read_json(known)) if known.is_file() else None
+            return Plan.from_json(read_json(recorded)), memory
         assert config.segment_size is not None
         memory = measured()
         limit = free_bytes(device) if config.memory_limit is None else int(config.memory_limit * 1e9)
@@ -310,7 +309,7 @@ def _convolutions(
 
     def settle() -> dict[str, str]:
         if recorded.is_file():
-            known = json.loads(recorded.read_text())
+            known = read_json(recorded)
             return {str(kind): str(name) for kind, name in known.items()}
         assert config.sizes is not None
         rows = max(int(plan.rows(step.segments)[-1]) for step in plan.steps())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fd2fast import student, threads
-from fd2fast.artifacts import Artifact, Stage, open_stage, write_bytes, write_json
+from fd2fast.artifacts import Artifact, Stage, open_stage, read_json, write_bytes, write_json
 from fd2fast.config import EvaluateConfig
 from fd2fast.data.store import load_split
 from fd2fast.device import pick_device, settle_precision
@@ -133,7 +132,7 @@ class _Opened:
         if self.stage.finished or self.missing():
             return
         path, config = self.stage.path, self.config
-        found = {seed: json.loads(student.result_file(path, seed).read_text()) for seed in config.seeds}
+        found = {seed: read_json(student.result_file(path, seed)) for seed in config.seeds}
         results = {str(seed): record["result"] for seed, record in found.items()}
         write_json(path / "metrics.json", results)
         write_bytes(path / "curves.png", _curves(results, config, len(self.dataset.classes)))

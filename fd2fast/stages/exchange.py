@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from fd2fast.artifacts import Artifact, atomic_path, file_digest, open_stage
+from fd2fast.artifacts import Artifact, atomic_path, file_digest, load, open_stage, writing
 from fd2fast.data.distilled import image_files, images_per_class
 from fd2fast.errors import UserError
 from fd2fast.models.pool import export_teacher, import_checkpoint
@@ -30,7 +32,7 @@ def import_teacher(
     finished import of the same file under a name that told another alpha.
     """
     checkpoint = Path(checkpoint)
-    if not checkpoint.is_file():
+    if not checkpoint.exists():
         raise UserError(
             f"{checkpoint} is missing; wanted a checkpoint of the reference, such as ResNet18_M8_5e-1cal.pth"
         )
@@ -77,21 +79,65 @@ def export_artifact(artifact: Artifact, out: Path | str, *, ipc: int | None = No
     """
     out = Path(out)
     artifact.unchanged()
-    if artifact.kind == "teacher":
-        path = export_teacher(Teacher.load(artifact.file(FILE)), out)
-        return f"wrote {path}"
-    if artifact.kind != "images":
+    if artifact.kind not in ("teacher", "images"):
         raise UserError(f"{artifact.path} holds a {artifact.kind} artifact; a teacher or images can be exported")
+    _must_be_a_target(out, artifact)
+    if artifact.kind == "teacher":
+        if ipc is not None:
+            raise UserError(f"ipc is for images; {artifact.path} holds a teacher")
+        return f"wrote {export_teacher(Teacher.load(artifact.file(FILE)), out)}"
     held = images_per_class(artifact)
     count = held if ipc is None else ipc
     if not 1 <= count <= held:
         raise UserError(f"ipc must be 1 to {held}, all that {artifact.path} holds; got {count}")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds files; wanted an empty or new folder")
-    written = 0
-    for (_, image_id), name in sorted(image_files(artifact).items()):
-        if image_id < count:
-            with atomic_path(out / Path(name).relative_to("images")) as temporary:
-                shutil.copyfile(artifact.file(name), temporary)
-            written += 1
-    return f"wrote {written} images, {count} of each class, to {out}"
+    with writing(out):
+        if out.exists() and any(out.iterdir()):
+            raise UserError(
+                f"{out} holds files; wanted an empty or new folder (what an interrupted export left: remove it)"
+            )
+    begun = out.exists()
+    written: list[Path] = []
+    try:
+        for (_, image_id), name in sorted(image_files(artifact).items()):
+            if image_id < count:
+                target = out / Path(name).relative_to("images")
+                with atomic_path(target) as temporary:
+                    shutil.copyfile(artifact.file(name), temporary)
+                written.append(target)
+    except BaseException:  # so that the same command can be given again
+        _take_back(written, out, begun)
+        raise
+    return f"wrote {len(written)} images, {count} of each class, to {out}"
+
+
+def _must_be_a_target(out: Path, artifact: Artifact) -> None:
+    """UserError unless `out` is a folder, or can become one, that is no artifact and does not lie in one."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; wanted a folder to export to")
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"{out} is a symbolic link to nothing; wanted a folder to export to")
+    real = Path(os.path.realpath(out))
+    source = Path(os.path.realpath(artifact.path))
+    for folder in (real, *real.parents):
+        if folder == source or _is_artifact(folder):
+            where = "is" if folder == real else "lies in"
+            raise UserError(f"{out} {where} the folder of an artifact ({folder}); export to a folder outside of it")
+
+
+def _is_artifact(folder: Path) -> bool:
+    try:
+        load(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _take_back(files: list[Path], out: Path, keep: bool) -> None:
+    """Remove files that were written below `out`, and folders that are empty then; `out` itself unless it is to be kept."""
+    with contextlib.suppress(OSError):
+        for file in files:
+            file.unlink(missing_ok=True)
+        for folder in [path for path in out.iterdir() if path.is_dir()]:
+            folder.rmdir()
+        if not keep:
+            out.rmdir()

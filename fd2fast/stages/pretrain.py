@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fd2fast import seeding, threads
-from fd2fast.artifacts import STATE, Artifact, open_stage, write_bytes, write_json
+from fd2fast.artifacts import STATE, Artifact, open_stage, resumable, write_bytes, write_json
 from fd2fast.config import PretrainConfig, replace
 from fd2fast.data.augment import crop_resize, pretrain_views
 from fd2fast.data.pixels import normalise
@@ -257,12 +257,14 @@ class _Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.epoch = state["epoch"]
-        self.teacher.load_state_dict(state["teacher"])
-        self.prototypes.seen.copy_(state["seen"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.history, self.best = state["history"], state["best"]
+        """Go on from what `state()` gave; UserError if it is of another model or version."""
+        with resumable(f"the saved state of teacher {self.teacher.name}"):
+            self.epoch = state["epoch"]
+            self.teacher.load_state_dict(state["teacher"])
+            self.prototypes.seen.copy_(state["seen"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.history, self.best = state["history"], state["best"]
 
     def train_epoch(self, bar: Progress) -> None:
         """One pass over the training images, and a test where one is due."""

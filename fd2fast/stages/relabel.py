@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fd2fast import seeding
-from fd2fast.artifacts import Artifact, Stage, atomic_path, open_stage, write_npy
+from fd2fast.artifacts import Artifact, Stage, atomic_path, new_array, open_stage, write_npy, writing
 from fd2fast.config import RelabelConfig
 from fd2fast.data.distilled import load_images
 from fd2fast.data.views import (
@@ -263,8 +263,9 @@ class _Store:
             self._arrays[file_of(name)][first:end] = getattr(views, name)
         self.done = end
         if end == self.epochs or time.monotonic() - self._saved >= SAVE_SECONDS:
-            for array in self._arrays.values():
-                array.flush()
+            with writing(self._stage.state / "store"):
+                for array in self._arrays.values():
+                    array.flush()
             self._stage.checkpoint("progress.pt", {"done": end})
             self._saved = time.monotonic()
 
@@ -280,14 +281,13 @@ class _Store:
         for name in names:
             held = self._stage.state / "store" / name
             if held.is_file():
-                (self._stage.path / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(held, self._stage.path / name)
+                with writing(self._stage.path / name):
+                    (self._stage.path / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(held, self._stage.path / name)
         return round(agreement, 3)
 
 
 def _reserve(path: Path, shape: tuple[int, ...], dtype: type) -> None:
     """A .npy file of zeros whose space is really taken: a full disk shows now, not as a signal in the middle of the work."""
     with atomic_path(path) as temporary:
-        np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
-        with open(temporary, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+        new_array(temporary, shape, dtype)

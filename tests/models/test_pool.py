@@ -63,7 +63,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ({"cal": {}}, "'cal' holds no CAL head"),
         ({"cal": {**good["cal"], "fc.weight": torch.zeros(3, 7)}}, "'cal' does not fit"),
         ({"cal": {**good["cal"], "fc.weight": torch.zeros(4, 2048)}}, r"fc.weight \(3, 1024\) for \(4, 1024\)"),
-        ({"ShuffleNetV2": {}}, "missing: conv1"),
+        ({"ShuffleNetV2": {}}, "holds no tensors"),
+        ({"feature_center": good["feature_center"] * float("nan")}, r"feature_center \(\d+ of \d+\)"),
+        ({"cal": {k: v * float("inf") for k, v in good["cal"].items()}}, "NaN or infinite: cal."),
     ):
         torch.save({**good, **change}, path)
         with pytest.raises(UserError, match=told):
@@ -77,6 +79,32 @@ def test_what_does_not_fit_is_refused(tmp_path):
     assert import_checkpoint(tmp_path / "teacher.pth", size=64, alpha=0.2)[0].alpha == 0.2
     torch.save(good, tmp_path / "ShuffleNetV2_M4_5e-1cal.pth")
     assert "says M = 4, its tensors 2" in import_checkpoint(tmp_path / "ShuffleNetV2_M4_5e-1cal.pth", size=64)[1][1]
+
+
+def test_a_checkpoint_of_wrapped_models_is_read(tmp_path):
+    teacher = make()
+    content = torch.load(export_teacher(teacher, tmp_path), weights_only=True)
+    for key in ("ShuffleNetV2", "cal"):
+        content[key] = {f"module.{name}": value for name, value in content[key].items()}
+    torch.save(content, tmp_path / "ShuffleNetV2_M2_5e-1cal.pth")
+    again, _ = import_checkpoint(tmp_path / "ShuffleNetV2_M2_5e-1cal.pth", size=64)
+    assert again.name == "ShuffleNetV2_x0.5"
+    assert torch.equal(again.backbone.net.fc.weight, teacher.backbone.net.fc.weight)
+
+
+def test_another_teachers_file_is_not_written_over(tmp_path):
+    first = make()
+    path = export_teacher(first, tmp_path)
+    before = path.read_bytes()
+    assert export_teacher(first, tmp_path) == path
+    second = make()
+    with pytest.raises(UserError, match="holds another teacher"):
+        export_teacher(second, tmp_path)
+    path.write_bytes(b"<html>")
+    with pytest.raises(UserError, match="is not a file of tensors"):
+        export_teacher(second, tmp_path)
+    path.unlink()
+    assert export_teacher(first, tmp_path).read_bytes() == before
 
 
 class Malicious:

@@ -1,6 +1,8 @@
 """Import and export: a teacher there and back, images as a folder, refusals."""
 
+import errno
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,3 +105,79 @@ def test_images_leave_as_a_folder_of_the_first_ids(dataset, tmp_path):
 def test_other_artifacts_are_refused(dataset, tmp_path):
     with pytest.raises(UserError, match="holds a dataset artifact"):
         export_artifact(dataset, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["teacher", "images"])
+def test_an_export_goes_to_a_folder_of_its_own(dataset, teacher, tmp_path, kind):
+    artifact = teacher
+    if kind == "images":
+        stage = open_stage(tmp_path / "images", "images", DistillConfig(ipc=1), {"dataset": dataset})
+        for label in range(5):
+            save_image(
+                stage.path / f"images/new{label:03d}/class{label:03d}_id000.png",
+                torch.full((3, 32, 32), label, dtype=torch.uint8),
+            )
+        artifact = stage.finish(classes=dataset.classes, size=32, mean=dataset.mean, std=dataset.std)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "link").symlink_to(artifact.path)
+    before = sorted(artifact.path.rglob("*"))
+    for out, told in (
+        (tmp_path / "file", "is a file; wanted a folder"),
+        (tmp_path / "file" / "below", "a part of the path is a file"),
+        (tmp_path / "dangling", "link to nothing"),
+        (artifact.path, "is the folder of an artifact"),
+        (tmp_path / "link", "is the folder of an artifact"),
+        (artifact.path / "export", "lies in the folder of an artifact"),
+        (artifact.path / "a" / ".." / "export", "lies in the folder of an artifact"),
+        (dataset.path, "is the folder of an artifact"),
+    ):
+        with pytest.raises(UserError, match=told):
+            export_artifact(artifact, out)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(artifact.path.rglob("*")) == before
+    (tmp_path / "manifest.json").write_text("{}")  # of a web page, say
+    export_artifact(artifact, tmp_path / "out")
+
+
+def test_an_export_that_fails_takes_back_what_it_wrote(dataset, tmp_path, monkeypatch):
+    stage = open_stage(tmp_path / "images", "images", DistillConfig(ipc=1), {"dataset": dataset})
+    for label in range(5):
+        pixels = torch.full((3, 32, 32), label, dtype=torch.uint8)
+        save_image(stage.path / f"images/new{label:03d}/class{label:03d}_id000.png", pixels)
+    images = stage.finish(classes=dataset.classes, size=32, mean=dataset.mean, std=dataset.std)
+    copies = []
+
+    def full(source, target):
+        copies.append(source)
+        if len(copies) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        Path(target).write_bytes(Path(source).read_bytes())
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(UserError, match="no space left"):
+        export_artifact(images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export_artifact(images, tmp_path / "out").startswith("wrote 5 images")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"<!DOCTYPE html><title>Quota exceeded</title>", "Quota exceeded"),
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_told(dataset, tmp_path, content, told):
+    (tmp_path / "ResNet18_M2_5e-1cal.pth").write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        import_teacher(tmp_path / "ResNet18_M2_5e-1cal.pth", None, tmp_path / "back", dataset)
+    with pytest.raises(UserError, match="is a folder"):
+        import_teacher(tmp_path, None, tmp_path / "back", dataset)
+
+
+def test_plain_weights_are_sent_to_pretrain(dataset, tmp_path):
+    torch.save(build_backbone("ShuffleNetV2_x0.5", 5).net.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="fd2fast pretrain --weights"):
+        import_teacher(tmp_path / "w.pth", None, tmp_path / "back", dataset)
