@@ -15,7 +15,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "causes": {"errors"},
     "config": {"errors"},
-    "presets": BASE | {"causes"},
+    "presets": BASE | {"causes", "paths"},
+    "paths": BASE,
     "seeding": set(),
     "progress": set(),
     "workers": set(),
@@ -70,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "info": BASE | {"device", "isa", "ops", "threads"},
     "pipeline": BASE | {"artifacts", "data", "methods", "stages", "workers"},
-    "failure": {"errors", "causes"},
+    "failure": {"causes", "errors"},
     "stopping": set(),
     "cli": BASE
     | {
@@ -78,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "data",
         "failure",
         "info",
+        "paths",
         "pipeline",
         "presets",
         "progress",
