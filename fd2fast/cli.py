@@ -227,10 +227,10 @@ def info() -> None:
     print(describe())
 
 
-def _run(config: RunConfig, overwrite: bool) -> None:
+def _run(config: RunConfig, overwrite: bool, dry_run: bool = False) -> None:
     from fd2fast.pipeline import run
 
-    run(config, overwrite=overwrite)
+    run(config, overwrite=overwrite, dry=dry_run)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -244,8 +244,8 @@ def run(arguments: Sequence[str]) -> None:
         rest = [argument for argument in rest if argument != "--quick"]
         default = quick(default)
 
-    def command(config: Bare[RunConfig] = default, *, overwrite: bool = False) -> None:
-        _run(config, overwrite)
+    def command(config: Bare[RunConfig] = default, *, overwrite: bool = False, dry_run: bool = False) -> None:
+        _run(config, overwrite, dry_run)
 
     command.__doc__ = f"""Do everything: data set, teachers, patches, distilled images, soft labels, students, report.
 
@@ -261,6 +261,8 @@ def run(arguments: Sequence[str]) -> None:
 
     fd2fast run --quick
 
+    fd2fast run --preset cub --data.root ~/CUB_200_2011 --dry-run
+
     --quick gives a first table of the same rows: half of the teachers' epochs, a third of the iterations, label epochs and
     student epochs, one student each, in a folder of its own (runs/typefaces-quick).
 
@@ -269,6 +271,7 @@ def run(arguments: Sequence[str]) -> None:
 
     Args:
         overwrite: Make results anew that were made with other settings.
+        dry_run: Check everything, print what would be done and what it takes, and stop; nothing is written or fetched.
     """
     _parse(command, rest, "run")
 

@@ -135,7 +135,7 @@ def test_every_path_of_a_file_is_expanded(tmp_path):
 
 def test_every_path_of_the_command_line_is_expanded(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(cli, "_run", lambda config, overwrite: seen.update(config=config))
+    monkeypatch.setattr(cli, "_run", lambda config, overwrite, dry: seen.update(config=config))
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "mine.toml").write_text('[data]\ndataset = "folder"\n')
     arguments = [
