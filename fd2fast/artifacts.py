@@ -30,7 +30,8 @@ MANIFEST = "manifest.json"
 STATE = "state"
 # Beside the manifest, not part of the result: when its source files were last changed, so that they need not be read again.
 STAMPS = "stamps.json"
-_TEMPORARY = ".fd2fast-tmp-"
+_OURS = ".fd2fast-"
+_TEMPORARY = f"{_OURS}tmp-"
 # how a damaged file of an unfinished stage is repaired
 AGAIN = "remove it, and the same command does that part again"
 
@@ -362,6 +363,48 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
     ):
         return "parents have no ids"
     return ""
+
+
+def made(path: Path | str) -> bool:
+    """Whether a finished artifact lies at `path`, of whatever settings."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def started(path: Path | str) -> bool:
+    """Whether an artifact, finished or not, was begun at `path`."""
+    return made(path) or (Path(path) / STATE / "begun.json").is_file()
+
+
+def obstacle(path: Path | str, kind: str, config: Any) -> str | None:
+    """Why an artifact of these settings cannot be begun, resumed or found finished at `path`; without its parents and sources.
+
+    Looks only. What it says is what `open_stage` would raise.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        return f"{path} is a file; wanted a folder to write the {kind} to"
+    known = next((file for file in (path / MANIFEST, path / STATE / "begun.json") if file.is_file()), None)
+    try:
+        if known is None:
+            foreign = any(one.name not in (STATE, STAMPS) and not one.name.startswith(_OURS) for one in path.iterdir())
+            return f"{path} holds other files; wanted an empty or new folder for the {kind}" if foreign else None
+        found = json.loads(known.read_text())
+        recorded = {"kind": found["kind"], "config": found["config"]}
+        if found["kind"] == kind:
+            recorded["config"] = _settings(config, found["config"])
+        difference = _first_difference(recorded, {"kind": kind, "config": _settings(config, config_dict(config))})
+    except OSError as error:
+        return f"{known or path} cannot be read: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{known} is damaged ({error}); remove {path} and run again"
+    if not difference:
+        return None
+    return (
+        f"{path} holds a {found['kind']} made with other settings: {difference}; "
+        "choose another output folder, or --overwrite to make it anew"
+    )
 
 
 class Stage:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -22,7 +24,8 @@ from fd2fast.config import (
     RelabelConfig,
     RunConfig,
 )
-from fd2fast.errors import UserError, nearest
+from fd2fast.errors import UserError, nearest, refuse
+from fd2fast.paths import expand, expanded
 from fd2fast.presets import PRESETS, from_toml, preset, quick
 from fd2fast.progress import show_notes
 from fd2fast.workers import is_first
@@ -224,10 +227,10 @@ def info() -> None:
     print(describe())
 
 
-def _run(config: RunConfig, overwrite: bool) -> None:
+def _run(config: RunConfig, overwrite: bool, dry_run: bool = False) -> None:
     from fd2fast.pipeline import run
 
-    run(config, overwrite=overwrite)
+    run(config, overwrite=overwrite, dry=dry_run)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -236,13 +239,13 @@ def run(arguments: Sequence[str]) -> None:
     file, rest = _take(rest, "--config", None)
     default = preset(name or "typefaces")
     if file is not None:
-        default = from_toml(Path(file), default)
+        default = from_toml(expand(file, "--config"), default)
     if "--quick" in rest:
         rest = [argument for argument in rest if argument != "--quick"]
         default = quick(default)
 
-    def command(config: Bare[RunConfig] = default, *, overwrite: bool = False) -> None:
-        _run(config, overwrite)
+    def command(config: Bare[RunConfig] = default, *, overwrite: bool = False, dry_run: bool = False) -> None:
+        _run(config, overwrite, dry_run)
 
     command.__doc__ = f"""Do everything: data set, teachers, patches, distilled images, soft labels, students, report.
 
@@ -258,6 +261,8 @@ def run(arguments: Sequence[str]) -> None:
 
     fd2fast run --quick
 
+    fd2fast run --preset cub --data.root ~/CUB_200_2011 --dry-run
+
     --quick gives a first table of the same rows: half of the teachers' epochs, a third of the iterations, label epochs and
     student epochs, one student each, in a folder of its own (runs/typefaces-quick).
 
@@ -266,8 +271,9 @@ def run(arguments: Sequence[str]) -> None:
 
     Args:
         overwrite: Make results anew that were made with other settings.
+        dry_run: Check everything, print what would be done and what it takes, and stop; nothing is written or fetched.
     """
-    tyro.cli(command, args=rest, prog="fd2fast run")
+    _parse(command, rest, "run")
 
 
 def bench(arguments: Sequence[str]) -> None:
@@ -346,9 +352,46 @@ def _take(arguments: list[str], option: str, default: str | None) -> tuple[str |
     return default, arguments
 
 
+def _parse(function: Callable[..., None], arguments: Sequence[str], name: str) -> None:
+    """Call `function` with the options of the command `name`, the paths among them expanded."""
+    faults: list[str] = []
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def path(given: list[str]) -> Path:
+        try:
+            return expand(given[0])
+        except UserError as error:  # tyro would show it in its own way
+            faults.append(str(error))
+            return Path(given[0])
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+        if info.type is not Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=path,
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    @functools.wraps(function)
+    def checked(*values: Any, **named: Any) -> None:
+        refuse(dict.fromkeys(faults))
+
+        def whole(value: Any) -> Any:
+            return expanded(value) if dataclasses.is_dataclass(value) else value
+
+        function(*map(whole, values), **{key: whole(value) for key, value in named.items()})
+
+    with registry:
+        tyro.cli(checked, args=list(arguments), prog=f"fd2fast {name}")
+
+
 def _simple(function: Callable[..., None], name: str) -> Callable[[Sequence[str]], None]:
     def command(arguments: Sequence[str]) -> None:
-        tyro.cli(function, args=list(arguments), prog=f"fd2fast {name}")
+        _parse(function, arguments, name)
 
     command.__doc__ = function.__doc__
     return command

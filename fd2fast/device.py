@@ -51,6 +51,15 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("cpu")
 
 
+def device_faults(stage: str, name: str) -> list[str]:
+    """The fault of a stage's device setting, if it has one."""
+    try:
+        pick_device(name)
+    except UserError as error:
+        return [f"{stage}.device: {error}"]
+    return []
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The context of a forward pass in `precision`: torch.autocast for bf16 and fp16, nothing for fp32 and fp64.
 

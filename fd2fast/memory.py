@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fd2fast.config import DistillConfig, replace
+from fd2fast.device import pick_device
 from fd2fast.errors import UserError
 from fd2fast.models.fused import FusedTeacher
 from fd2fast.step import GroupedStep, Priors
+
+logger = logging.getLogger("fd2fast")
 
 # Rows that are measured; the rest follows from the straight line through both.
 _ROWS = (2, 4)
 # Workspaces of libraries and the allocator's rounding, which the measurement does not see or sees at few rows only.
 _MARGIN = 1.08
+# What a warning was given of.
+_scarce: set[str] = set()
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -165,6 +172,44 @@ def free_bytes(device: torch.device) -> int:
     if "MemAvailable" not in found:
         raise UserError("this system does not say how much memory is free: give --memory-limit in GB")
     return min([found["MemAvailable"], *_left_of_cgroup()])
+
+
+def beyond_memory(what: str, needed: int, device: str) -> list[str]:
+    """The fault that `needed` bytes, which `what` surely takes at once, are more than the whole device (or host) has.
+
+    Less than that, but more than is free at the moment, is said as a warning, once.
+    """
+    where = pick_device(device)
+    whole = total_bytes(where)
+    if whole is None:
+        return []
+    if needed <= whole:
+        with contextlib.suppress(UserError):
+            free = free_bytes(where)
+            if needed > free and what not in _scarce:
+                _scarce.add(what)
+                logger.warning(
+                    "%s: keeps at least %s at once, %s are free at the moment", what, _text(needed), _text(free)
+                )
+        return []
+    return [f"{what}: keeps at least {_text(needed)} at once, the memory has {_text(whole)}; take a smaller number"]
+
+
+def total_bytes(device: torch.device) -> int | None:
+    """All memory there is, free or not: the GPU's, or the system's with its swap and within its limits; None if not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+        whole, swap = found["MemTotal"], found.get("SwapTotal", 0)
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    try:
+        whole = min(whole, int((_CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):  # no limit
+        pass
+    return whole + swap
 
 
 def _left_of_cgroup() -> list[int]:

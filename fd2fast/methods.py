@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from fd2fast.config import DistillConfig, replace
-from fd2fast.errors import UserError, nearest
+from fd2fast.errors import UserError, nearest, refuse
+from fd2fast.ranges import Bound, out_of_range
 
 BASELINES = ("random", "herding", "kcenter", "rded")
 SEMANTICS = ("paper", "released")
@@ -134,8 +134,7 @@ def resolve(config: DistillConfig, *, classes: int, size: int, dataset: str | No
     `ls_threshold` may stay None (each teacher's own, all, never).
     Raises UserError that names the field, what was wanted and what came.
     """
-    _check_choices(config)
-    _check_numbers(config)
+    refuse(faults(config))
     if config.method in BASELINES:
         filled = {"fd2": False, "save_format": "png", "quantize": "round", "init": "real"}
         return replace(config, **{k: v for k, v in filled.items() if getattr(config, k) is None})
@@ -179,58 +178,42 @@ def check_teachers(config: DistillConfig, teachers: int) -> None:
         raise UserError(f"teachers_per_image is {config.teachers_per_image}, but only {teachers} teachers were given")
 
 
-def _check_choices(config: DistillConfig) -> None:
-    check_name(config.method)
-    if config.semantics not in SEMANTICS:
-        raise UserError(f"unknown semantics {config.semantics!r}: {nearest(config.semantics, SEMANTICS)}")
-    for name, hint in get_type_hints(DistillConfig).items():
-        options = [hint, *get_args(hint)]
-        known = [value for option in options if get_origin(option) is Literal for value in get_args(option)]
-        value = getattr(config, name)
-        if known and value is not None and value not in known:
-            raise UserError(f"unknown {name} {value!r}: {nearest(str(value), known)}")
-
-
-def _check_numbers(config: DistillConfig) -> None:
-    """Each bound: (field, test, what is wanted). None passes: the preset is in range."""
-    for name, fits, wanted in (
-        ("ipc", lambda v: _whole(v) and v >= 1, "at least 1 image per class"),
-        ("segment_size", lambda v: _whole(v) and v >= 1, "at least 1 class"),
-        ("segments_per_step", lambda v: _whole(v) and v >= 1, "at least 1"),
-        ("iterations", lambda v: v and all(_whole(i) and i >= 1 for i in v), "at least one phase, each of 1 or more"),
-        ("sizes", lambda v: v and all(_whole(s) and s >= 8 for s in v), "at least one side, each of 8 pixels or more"),
-        ("residual", lambda v: 0 <= v <= 1, "within [0, 1]"),
-        ("lr", lambda v: 0 < v < math.inf, "a positive number"),
-        ("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers within [0, 1)"),
-        ("adam_eps", lambda v: 0 < v < math.inf, "a positive number"),
-        ("r_bn", lambda v: 0 <= v < math.inf, "0 or more"),
-        ("first_bn_multiplier", lambda v: 0 <= v < math.inf, "0 or more"),
-        ("teachers_per_image", lambda v: _whole(v) and v >= 1, "at least 1"),
-        ("min_crop", lambda v: 0 < v <= 1, "within (0, 1]"),
-        ("jitter", lambda v: _whole(v) and v >= 0, "0 or more pixels"),
-        ("alpha", lambda v: 0 <= v <= 1, "within [0, 1]"),
-        ("lam", lambda v: 0 <= v <= 1, "within [0, 1]"),
-        ("beta", lambda v: 0 <= v <= 1, "within [0, 1]"),
-        ("group_size", lambda v: _whole(v) and v >= 1, "at least 1 image (N_S)"),
-        ("eps", lambda v: 0 < v < math.inf, "a positive number"),
-        ("ls_threshold", lambda v: math.isfinite(v), "a finite number"),
-        ("save_every", lambda v: _whole(v) and v >= 1, "at least 1 iteration"),
-        ("memory_limit", lambda v: 0 < v < math.inf, "a positive number of GB"),
-        ("seed", lambda v: _whole(v) and v >= 0, "0 or more"),
+def faults(config: DistillConfig) -> list[str]:
+    """What is wrong with the settings by themselves, one line each; None passes: the preset is in range."""
+    found = out_of_range(config, "distill", _BOUNDS)
+    for known, value, what in (
+        ([*METHODS, *BASELINES], config.method, "method"),
+        (list(SEMANTICS), config.semantics, "semantics"),
     ):
-        value = getattr(config, name)
-        if value is None:
-            continue
-        try:
-            good = bool(fits(value))
-        except TypeError:
-            good = False
-        if not good:
-            raise UserError(f"{name} must be {wanted}, got {value!r}")
+        if isinstance(value, str) and value.strip() and value not in known:
+            found.append(f"distill: unknown {what} {value!r}: {nearest(value, known)}")
+    return found
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+_BOUNDS: tuple[Bound, ...] = (
+    ("ipc", lambda v: v >= 1, "at least 1 image per class"),
+    ("segment_size", lambda v: v >= 1, "at least 1 class"),
+    ("segments_per_step", lambda v: v >= 1, "at least 1"),
+    ("iterations", lambda v: v and all(i >= 1 for i in v), "at least one phase, each of 1 or more"),
+    ("sizes", lambda v: v and all(s >= 8 for s in v), "at least one side, each of 8 pixels or more"),
+    ("residual", lambda v: 0 <= v <= 1, "within [0, 1]"),
+    ("lr", lambda v: v > 0, "a positive number"),
+    ("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers within [0, 1)"),
+    ("adam_eps", lambda v: v > 0, "a positive number"),
+    ("r_bn", lambda v: v >= 0, "0 or more"),
+    ("first_bn_multiplier", lambda v: v >= 0, "0 or more"),
+    ("teachers_per_image", lambda v: v >= 1, "at least 1"),
+    ("min_crop", lambda v: 0 < v <= 1, "within (0, 1]"),
+    ("jitter", lambda v: v >= 0, "0 or more pixels"),
+    ("alpha", lambda v: 0 <= v <= 1, "within [0, 1]"),
+    ("lam", lambda v: 0 <= v <= 1, "within [0, 1]"),
+    ("beta", lambda v: 0 <= v <= 1, "within [0, 1]"),
+    ("group_size", lambda v: v >= 1, "at least 1 image (N_S)"),
+    ("eps", lambda v: v > 0, "a positive number"),
+    ("save_every", lambda v: v >= 1, "at least 1 iteration"),
+    ("memory_limit", lambda v: v > 0, "a positive number of GB"),
+    ("seed", lambda v: v >= 0, "0 or more"),
+)
 
 
 def _check_shapes(config: DistillConfig, classes: int, size: int) -> None:

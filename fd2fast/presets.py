@@ -21,6 +21,7 @@ from fd2fast.config import (
     RunConfig,
 )
 from fd2fast.errors import UserError, nearest
+from fd2fast.paths import expand
 
 _TEACHERS = ("ResNet18", "MobileNetV2", "ResNet50", "DenseNet121")
 
@@ -236,7 +237,7 @@ def _convert(value: Any, wanted: Any, where: str) -> Any:
             return None
         return _convert(value, next(t for t in arguments if t is not type(None)), where)
     elif wanted is Path and isinstance(value, str):
-        return Path(value)
+        return expand(value, where)
     elif wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     elif isinstance(wanted, type) and type(value) is wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ class Workers:
         self.rank, self.world = rank, world
         self._store = store
         self._shared = 0
+        self._told = 0
 
     def wait(self) -> None:
         """Return when every process has come here."""
@@ -48,6 +50,16 @@ class Workers:
             return
         while (number := self._store.add(f"shared/{self._shared}", 1) - 1) < count:
             yield number
+
+    def told(self, call: Callable[[], T]) -> T:
+        """What `call()` gives the first process, which alone makes it: a value that JSON can hold, for all of them."""
+        if self.world == 1:
+            return call()
+        self._told += 1
+        key = f"told/{self._told}"
+        if self.rank == 0:
+            self._store.set(key, json.dumps(call()))
+        return json.loads(self._store.get(key))
 
     def first(self, call: Callable[[], T]) -> T:
         """`call()` by rank 0, then by the others (who find what it made), and nobody goes on before all are done."""

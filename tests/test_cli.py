@@ -50,7 +50,7 @@ def test_run_help_teaches_presets_and_stage_options(capsys):
         (["run", "--config=none.toml"], "none.toml is missing"),
         (["run", "--methods", "sre2l"], "unknown method 'sre2l': did you mean 'sre2l++'?"),
         (["run", "--methods", "random:firm"], "labels are hard or soft, not 'firm'"),
-        (["run", "--ipc", "0"], "images per class must be 1 or more, got [0]"),
+        (["run", "--ipc", "0"], "ipc must be one or several numbers of images per class, each 1 or more, got (0,)"),
         (["pretrain", "--dataset", "nowhere", "--out", "x"], "nowhere does not exist; wanted the folder of a dataset"),
     ],
 )
@@ -65,7 +65,7 @@ def test_a_users_mistake_is_one_line_and_exit_2(arguments, message, capsys, tmp_
 
 def test_options_change_the_preset_and_the_file(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(cli, "_run", lambda config, overwrite: seen.update(config=config, overwrite=overwrite))
+    monkeypatch.setattr(cli, "_run", lambda config, overwrite, dry: seen.update(config=config, overwrite=overwrite))
     file = tmp_path / "mine.toml"
     file.write_text("[distill]\nlr = 0.1\nlam = 0.5\n")
     arguments = [

@@ -18,6 +18,8 @@ workers, out = current(), Path(sys.argv[1])
 assert (workers.world, local_count(), is_first()) == (2, 2, workers.rank == 0)
 made = workers.first(lambda: (out / "made").exists() or ((out / "made").touch(), time.sleep(.3)))
 assert (made is True) == (workers.rank == 1)
+for value in (["a fault"], []):
+    assert workers.told(lambda: value if workers.rank == 0 else 1 / 0) == value
 for round in range(2):
     mine = []
     for number in workers.share(20):
@@ -48,6 +50,7 @@ def test_alone_nothing_is_waited_for() -> None:
     workers.wait()
     assert list(workers.share(3)) == [0, 1, 2]
     assert workers.first(lambda: "done") == "done"
+    assert workers.told(lambda: ["done"]) == ["done"]
     assert is_first()
     assert local_count() == 1
     assert current().world == 1

@@ -19,16 +19,19 @@ from fd2fast.config import DATASETS, DataConfig
 from fd2fast.data import typefaces
 from fd2fast.data.content import look_at
 from fd2fast.data.layouts import LEVELS, SHOWN, STATISTICS, Listing, missing_images, read_layout
+from fd2fast.data.outline import Outline
 from fd2fast.data.pixels import CONVERSIONS, ORIENTED, decode, grid, resized
 from fd2fast.data.walk import LeftOut
-from fd2fast.errors import UserError, nearest
+from fd2fast.errors import UserError, nearest, refuse
 from fd2fast.progress import Progress
+from fd2fast.ranges import Bound, out_of_range
+from fd2fast.space import Space
 
 _CHUNK = 256
 _DONE = 1  # bit 0 of a row's status; _MARKS follow from bit 1
 _MARKS = (*CONVERSIONS, ORIENTED)
 _SPLITS = ("train", "test")
-_EXIF = ("ignore", "apply")
+_LARGEST = 2**15 - 1  # pixels: crops are kept as 16-bit numbers
 
 log = logging.getLogger("fd2fast")
 
@@ -48,7 +51,7 @@ def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> 
     file at once; for a finished data set whose images or fonts have changed, with what changed. A killed run, started again,
     keeps the decoded rows and ends in the same bytes.
     """
-    check(config)
+    refuse(faults(config))
     content = look_at(config, Path(out))
     stage = open_stage(out, "dataset", config, {}, sources={content.name: content.source}, overwrite=overwrite)
     if stage.finished:
@@ -79,33 +82,42 @@ def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> 
     return _finish(stage, config, listing, rows, {path for path, _ in bad}, extra)
 
 
-def check(config: DataConfig) -> None:
-    """UserError that names the first setting that cannot be right."""
-    if config.dataset not in DATASETS:
-        raise UserError(f"unknown data set {config.dataset!r}: {nearest(config.dataset, DATASETS)}")
-    if config.size < 8:
-        raise UserError(f"size must be at least 8 pixels, got {config.size}")
-    if config.bad_images not in ("error", "skip"):
-        raise UserError(f"bad_images must be 'error' or 'skip', got {config.bad_images!r}")
-    if config.exif not in _EXIF:
-        raise UserError(f"exif must be 'ignore' or 'apply', got {config.exif!r}")
-    if config.level not in LEVELS:
-        raise UserError(f"unknown level {config.level!r} of aircraft: {nearest(str(config.level), LEVELS)}")
-    if config.level != "variant" and config.dataset != "aircraft":
-        raise UserError(f"level {config.level!r} is one of the data set aircraft; {config.dataset} has no levels")
-    for name, values, low in (("mean", config.mean, 0.0), ("std", config.std, 1e-6)):
-        if values is not None and (len(values) != 3 or not all(math.isfinite(v) and low <= v <= 1 for v in values)):
-            raise UserError(f"{name} must be three numbers in [{low:g}, 1] (of images in [0, 1]), got {values}")
+def faults(config: DataConfig) -> list[str]:
+    """What is wrong with the settings by themselves, one line each."""
+
+    def three(low: float) -> Callable[[Any], bool]:
+        return lambda values: all(low <= value <= 1 for value in values)
+
+    wanted = "three numbers in [{}, 1] (of images in [0, 1])"
+    bounds: list[Bound] = [
+        ("size", lambda v: v >= 8, "at least 8 pixels"),
+        ("size", lambda v: v <= _LARGEST, f"at most {_LARGEST} pixels"),
+        ("mean", three(0), wanted.format(0)),
+        ("std", three(1e-6), wanted.format("1e-06")),
+    ]
     if config.dataset == "typefaces":
-        if config.root is not None:
-            raise UserError(
-                f"typefaces are rendered and take no root ({config.root}); another folder of faces goes into fonts"
-            )
-        for name in ("train_per_class", "test_per_class"):
-            if getattr(config, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(config, name)}")
-        if config.classes < 2:
-            raise UserError(f"classes must be at least 2, got {config.classes}")
+        bounds += [(name, lambda v: v >= 1, "at least 1") for name in ("train_per_class", "test_per_class")]
+        bounds.append(("classes", lambda v: v >= 2, "at least 2"))
+    found = out_of_range(config, "data", bounds)
+    if config.dataset not in DATASETS:
+        found.append(f"unknown data set {config.dataset!r}: {nearest(str(config.dataset), DATASETS)}")
+    elif config.level in LEVELS and config.level != "variant" and config.dataset != "aircraft":
+        found.append(f"level {config.level!r} is one of the data set aircraft; {config.dataset} has no levels")
+    if config.dataset == "typefaces" and config.root is not None:
+        found.append(
+            f"typefaces are rendered and take no root ({config.root}); another folder of faces goes into fonts"
+        )
+    if config.dataset in DATASETS and config.dataset != "typefaces" and config.root is None:
+        found.append(f"data set {config.dataset!r} needs a root: the folder that holds it in its official layout")
+    return found
+
+
+def space(data: Outline) -> Space:
+    """Bytes on disk: the arrays of both splits, and for typefaces their pictures."""
+    pixels = 3 * data.size**2
+    images = sum(data.train) + sum(data.test)
+    pictures = images * (pixels + 4096) if data.name == "typefaces" else 0
+    return Space(images * pixels, images * pixels + pictures)
 
 
 @contextlib.contextmanager
@@ -173,7 +185,7 @@ class _Rows:
                 os.replace(final, pixels)
             images = np.load(pixels, mmap_mode="r+")
             status = np.load(self._state / f"{split}_status.npy", mmap_mode="r+")
-            same = known["size"] == self._size and known.get("exif", _EXIF[0]) == self._exif
+            same = known["size"] == self._size and known.get("exif", "ignore") == self._exif
             if same and len(known["keys"]) == len(images) == len(status):
                 return known["keys"], images, status
         except (OSError, ValueError, KeyError, TypeError):
@@ -366,7 +378,7 @@ def describe(dataset: Artifact) -> str:
             f"  skipped   {len(skipped)}: {', '.join(skipped[:SHOWN])}{' ...' if len(skipped) > SHOWN else ''}"
         )
     if oriented := dataset.measured.get("oriented"):
-        lines.append(f"  turned    {_say_oriented(oriented, dataset.config.get('exif', _EXIF[0]))}")
+        lines.append(f"  turned    {_say_oriented(oriented, dataset.config.get('exif', 'ignore'))}")
     if left_out := LeftOut(dataset.measured.get("left_out", {})).say():
         lines.append(f"  left out  {left_out}")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from fd2fast import ops
 from fd2fast.data.pixels import normalise
-from fd2fast.errors import UserError
+from fd2fast.errors import UserError, refuse
+from fd2fast.ranges import Bound, out_of_range
 from fd2fast.seeding import numpy_generator
 
 # Bounds of width / height of a crop, and how often a crop that leaves the image is drawn anew (torchvision's rule).
@@ -29,23 +31,24 @@ class ViewSettings:
 
     min_crop: float = 0.08
     flip: float = 0.5
-    mix: str = "cutmix"
+    mix: Literal["cutmix", "none"] = "cutmix"
     mix_alpha: float = 1.0
     seed: int = 42
 
     @classmethod
     def of(cls, config: object) -> ViewSettings:
-        """Take the settings from a stage's config; UserError for a value out of range."""
+        """Take the settings from a stage's config; UserError for values out of range."""
         settings = cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
-        if not 0 < settings.min_crop <= 1:
-            raise UserError(f"min_crop must be in (0, 1], got {settings.min_crop}")
-        if not 0 <= settings.flip <= 1:
-            raise UserError(f"flip must be in [0, 1], got {settings.flip}")
-        if not settings.mix_alpha > 0:
-            raise UserError(f"mix_alpha must be above 0, got {settings.mix_alpha}")
-        if settings.mix not in ("cutmix", "none"):
-            raise UserError(f"mix must be cutmix or none, got {settings.mix!r}")
+        refuse(out_of_range(settings, "views", VIEW_BOUNDS))
         return settings
+
+
+VIEW_BOUNDS: tuple[Bound, ...] = (
+    ("min_crop", lambda v: 0 < v <= 1, "in (0, 1]"),
+    ("flip", lambda v: 0 <= v <= 1, "in [0, 1]"),
+    ("mix_alpha", lambda v: v > 0, "above 0"),
+    ("batch_size", lambda v: v >= 2, "at least 2"),
+)
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,22 @@ from torch import Tensor
 
 from fd2fast.artifacts import Artifact, Stage, atomic_path, load, open_stage, read_json, write_json
 from fd2fast.config import DistillConfig
+from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import grid, quantize, save_image
-from fd2fast.device import pick_device, repeatable, settle_precision
+from fd2fast.device import device_faults, pick_device, repeatable, settle_precision
 from fd2fast.engine import Engine
-from fd2fast.errors import UserError
+from fd2fast.errors import UserError, refuse
 from fd2fast.inputs import Draws, Inputs, image_name
-from fd2fast.memory import StepMemory, free_bytes, measure, too_small
+from fd2fast.memory import StepMemory, beyond_memory, free_bytes, measure, too_small
 from fd2fast.methods import BASELINES, check_teachers, resolve
+from fd2fast.methods import faults as check_settings
 from fd2fast.models.convolution import Choices
 from fd2fast.models.fused import FusedTeacher, fuse
+from fd2fast.models.probe import probe
 from fd2fast.models.teacher import load_teacher
 from fd2fast.models.tune import tune
 from fd2fast.planner import Plan, make_plan
+from fd2fast.space import Space
 from fd2fast.step import TERMS, map_dtype
 from fd2fast.workers import Workers, current, local_count
 
@@ -63,9 +67,9 @@ def run(
     """
     if dataset.kind != "dataset":
         raise UserError(f"{dataset.path} holds a {dataset.kind} artifact; wanted a dataset")
-    name = str(dataset.facts.get("name", ""))
-    config = settle_precision(config)
-    config = resolve(config, classes=len(dataset.classes), size=dataset.size, dataset=name)
+    data = outline_of(dataset)
+    refuse(faults(config, data, len(teachers)))
+    config = settled(config, data)
     baseline = config.method in BASELINES
     needed = {"dataset": dataset, **_fitting_parents(config, dataset, teachers, patches)}
     device = pick_device(config.device)
@@ -113,6 +117,67 @@ def run(
         )
 
     return workers.first(finish)
+
+
+def faults(
+    config: DistillConfig, data: Outline | None = None, teachers: int | None = None, models: Sequence[str] = ()
+) -> list[str]:
+    """What is wrong with the settings by themselves, for this data set, and for so many teachers; one line each.
+
+    models: the teachers' backbones, where they are known by name only; each must see every size of the method.
+    """
+    found = check_settings(config) + device_faults("distill", config.device)
+    if found:
+        return found
+    if teachers is not None and config.method not in BASELINES:
+        found += _said(check_teachers, config, teachers)
+    if data is None:
+        return found
+    try:
+        full = settled(config, data)
+    except UserError as error:
+        return [*found, _of(config, str(error))]
+    if config.method in ("random", "herding", "kcenter"):
+        return found + data.short(config.ipc, f"{config.method} at IPC {config.ipc}")
+    if config.method in BASELINES:
+        return found
+    assert full.sizes is not None
+    assert full.segment_size is not None
+    sides = dict.fromkeys(full.sizes)
+    told = [fault for model in models for side in sides for fault in _said(probe, model, len(data.classes), side)]
+    if told or not models:
+        return found + told
+    rows = min(full.segment_size, len(data.classes))
+    kept = max(probe(model, len(data.classes), max(sides)).kept for model in models)
+    # half of the maps of the narrowest type: what is surely kept, whatever a device shares or makes again
+    needed = rows * kept * {"fp64": 8, "fp32": 4, "tf32": 4}.get(full.precision, 2) // 2
+    return found + beyond_memory(f"distill {config.method}: a segment of {rows} classes", needed, config.device)
+
+
+def settled(config: DistillConfig, data: Outline) -> DistillConfig:
+    """The settings as the artifact records them."""
+    return resolve(settle_precision(config), classes=len(data.classes), size=data.size, dataset=data.name)
+
+
+def space(config: DistillConfig, data: Outline) -> Space:
+    """Bytes on disk: one picture for each image, and for one step the saves of images and Adam's moments, twice for a while."""
+    pixels = 3 * data.size**2
+    count = len(data.classes) * config.ipc
+    saves = 0 if config.method in BASELINES else min(count, max(_FAST_ROWS.values())) * pixels * 4 * 3 * 2
+    return Space(0, count * (pixels + 4096) + saves)
+
+
+def _said(call: Callable[..., Any], *arguments: Any) -> list[str]:
+    """The message of the UserError that the call raises, if it does."""
+    try:
+        call(*arguments)
+    except UserError as error:
+        return [f"distill: {error}"]
+    return []
+
+
+def _of(config: DistillConfig, text: str) -> str:
+    return text if text.startswith("distill") else f"distill {config.method}: {text}"
 
 
 def _begin(stage: Stage, given: dict[str, Any]) -> None:
@@ -173,8 +238,6 @@ def _fitting_parents(
     config: DistillConfig, dataset: Artifact, teachers: Sequence[Artifact], patches: Artifact | None
 ) -> dict[str, Artifact]:
     """The artifacts the result depends on, checked against the data set."""
-    if config.method not in BASELINES:
-        check_teachers(config, len(teachers))
     parents: dict[str, Artifact] = {}
     for index, teacher in enumerate(teachers):
         if teacher.kind != "teacher":

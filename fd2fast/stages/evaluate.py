@@ -10,15 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fd2fast import student, threads
-from fd2fast.artifacts import Artifact, Stage, open_stage, read_json, write_bytes, write_json
+from fd2fast.artifacts import Artifact, Stage, made, open_stage, read_json, write_bytes, write_json
 from fd2fast.config import EvaluateConfig
+from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.store import load_split
-from fd2fast.device import pick_device, settle_precision
-from fd2fast.errors import UserError
-from fd2fast.models.backbone import build_backbone
+from fd2fast.data.views import VIEW_BOUNDS, batch_offsets
+from fd2fast.device import device_faults, pick_device, settle_precision
+from fd2fast.errors import UserError, refuse
+from fd2fast.memory import beyond_memory
+from fd2fast.models.probe import probe
 from fd2fast.pool import Task, side_by_side
 from fd2fast.progress import Progress
+from fd2fast.ranges import out_of_range
+from fd2fast.space import Space
 
 
 @dataclass(frozen=True)
@@ -97,15 +104,14 @@ class _Opened:
     """One row with its artifact begun: which students are missing, and the artifact once none is."""
 
     def __init__(self, row: Row, overwrite: bool):
-        self.config = settle_precision(row.config)
+        refuse(faults(row.config, None if made(row.out) and not overwrite else outline_of(row.dataset)))
+        self.config = settled(row.config)
         self.dataset, self.images, self.labels = row.dataset, row.images, row.labels
-        _check(self.config)
         row.dataset.must_fit(row.images)
         lessons, parents = student.prepare(self.config, row.dataset, row.images, row.labels)
         self.epochs, self.ipc = lessons.epochs, len(lessons.targets) // len(row.images.classes)
         if len(load_split(row.dataset, "test")) == 0:
             raise UserError(f"{row.dataset.path} holds no test images")
-        build_backbone(self.config.model, len(row.dataset.classes))  # an unknown name is refused before work begins
         self.stage: Stage = open_stage(row.out, "metrics", self.config, parents, overwrite=overwrite)
         self.name = f"{row.images.facts['method']} ipc {self.ipc} {self.config.labels}"
 
@@ -171,22 +177,72 @@ class _Opened:
         )
 
 
-def _check(config: EvaluateConfig) -> None:
-    for name, fits, wanted in (
-        ("seeds", len(config.seeds) >= 1, "at least one seed"),
-        ("seeds", len(set(config.seeds)) == len(config.seeds), "all different"),
-        ("labels", config.labels in ("soft", "hard"), "soft or hard"),
-        ("temperature", 0 < config.temperature < math.inf, "a positive number"),
-        ("lr", 0 < config.lr < math.inf, "a positive number"),
-        ("weight_decay", 0 <= config.weight_decay < math.inf, "0 or more"),
-        ("eta", 0 < config.eta < math.inf, "a positive number"),
-        ("accumulation", config.accumulation >= 1, "1 or more"),
-        ("eval_every", config.eval_every >= 1, "1 or more"),
-        ("test_batch", config.test_batch >= 1, "1 or more"),
-        ("epochs", config.epochs is None or config.epochs >= 1, "1 or more"),
-    ):
-        if not fits:
-            raise UserError(f"{name} must be {wanted}, got {getattr(config, name)!r}")
+def faults(
+    config: EvaluateConfig,
+    data: Outline | None = None,
+    ipc: int | None = None,
+    *,
+    stored: int | None = None,
+    batch_size: int | None = None,
+) -> list[str]:
+    """What is wrong with the settings, and with the student for this data set at so many images per class; one line each.
+
+    stored: epochs of the label store, and batch_size its setting, where there is one.
+    """
+    bounds = (
+        ("seeds", lambda v: len(v) >= 1, "at least one seed"),
+        ("seeds", lambda v: len(set(v)) == len(v), "all different"),
+        ("ipc", lambda v: v >= 1, "1 or more"),
+        ("epochs", lambda v: v >= 1, "1 or more"),
+        ("temperature", lambda v: v > 0, "a positive number"),
+        ("lr", lambda v: v > 0, "a positive number"),
+        ("weight_decay", lambda v: v >= 0, "0 or more"),
+        ("eta", lambda v: v > 0, "a positive number"),
+        ("accumulation", lambda v: v >= 1, "1 or more"),
+        ("eval_every", lambda v: v >= 1, "1 or more"),
+        ("test_batch", lambda v: v >= 1, "1 or more"),
+        *VIEW_BOUNDS,
+    )
+    found = out_of_range(config, "evaluate", bounds) + device_faults("evaluate", config.device)
+    if found:
+        return found
+    if stored is not None and config.epochs is not None and config.epochs > stored:
+        found.append(f"evaluate.epochs must be at most the {stored} epochs of the labels, got {config.epochs}")
+    if data is None:
+        return found
+    try:
+        seen = probe(config.model, len(data.classes), data.size)
+    except UserError as error:
+        return [*found, f"student {config.model}: {error}"]
+    count = config.ipc or ipc
+    if count is None:
+        return found
+    try:
+        sizes = np.diff(batch_offsets(len(data.classes) * count, batch_size if stored else config.batch_size))
+    except UserError as error:
+        return [*found, f"evaluate: {error}"]
+    usual = int(sizes.max())
+    parts = [
+        high - low for size in np.unique(sizes) for low, high in student.parts(int(size), usual, config.accumulation)
+    ]
+    if min(parts) == 1 and seen.positions == 1:
+        found.append(
+            f"evaluate.accumulation {config.accumulation}: a part of 1 image leaves student {config.model} one value per "
+            f"channel at {data.size} x {data.size} pixels; take a smaller accumulation, larger batches or larger images"
+        )
+    needed = max(parts) * seen.kept * (2 if config.precision in ("auto", "bf16", "fp16") else 4)
+    return found + beyond_memory(f"student {config.model} on {max(parts)} images at once", needed, config.device)
+
+
+def settled(config: EvaluateConfig) -> EvaluateConfig:
+    """The settings as the artifact records them."""
+    return settle_precision(config)
+
+
+def space(config: EvaluateConfig, data: Outline) -> Space:
+    """Bytes on disk: every seed's student, and for those at work a save with AdamW's moments, twice for a while."""
+    size = probe(config.model, len(data.classes), data.size).size
+    return Space(size * len(config.seeds), size * (len(config.seeds) + 2 * 3))
 
 
 def _curves(results: dict[str, Any], config: EvaluateConfig, classes: int) -> bytes:

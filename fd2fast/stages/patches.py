@@ -13,12 +13,15 @@ from fd2fast import ops, seeding
 from fd2fast.artifacts import Artifact, Stage, open_stage
 from fd2fast.config import PatchesConfig
 from fd2fast.data.augment import crop_boxes
+from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import grid, normalise, read_image, save_image
 from fd2fast.data.store import ImageSet, load_split
-from fd2fast.device import pick_device
-from fd2fast.errors import UserError
+from fd2fast.device import device_faults, pick_device
+from fd2fast.errors import UserError, refuse
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.progress import Progress
+from fd2fast.ranges import out_of_range
+from fd2fast.space import Space
 
 _STATE = "classes.pt"
 _PIXELS_PER_PASS = 1 << 22  # of one colour channel: bounds the memory of a scoring pass
@@ -48,10 +51,12 @@ def run(
     mean_score (cross entropy of the crops used, by class). A killed run continues with the class it was at.
     Raises UserError for settings out of range, a class with too few images, and a teacher that does not fit.
     """
-    _check(config, dataset, teacher)
+    data = outline_of(dataset)
+    _must_fit(dataset, teacher)
+    refuse(faults(config, data))
     device = pick_device(config.device)
     train = load_split(dataset, "train")
-    pool = _pool(config, train)
+    pool = config.pool or data.least
     stage = open_stage(out, "patches", config, {"dataset": dataset, "teacher": teacher}, overwrite=overwrite)
     if stage.finished:
         return stage.finished
@@ -80,37 +85,46 @@ def run(
     )
 
 
-def _check(config: PatchesConfig, dataset: Artifact, teacher: Artifact) -> None:
-    ranges: list[tuple[str, bool, str]] = [
-        ("factor", config.factor in (1, 2), "1 or 2"),
-        ("per_class", config.per_class >= 1, "at least 1"),
-        ("crops", config.crops >= 1, "at least 1"),
-        ("pool", config.pool is None or config.pool >= 1, "at least 1"),
-        ("min_crop", 0 < config.min_crop <= 1, "in (0, 1]"),
-    ]
-    for name, good, wanted in ranges:
-        if not good:
-            raise UserError(f"patches: {name} must be {wanted}, got {getattr(config, name)}")
+def faults(config: PatchesConfig, data: Outline | None = None) -> list[str]:
+    """What is wrong with the settings, by themselves and for this data set; one line each."""
+    cells = config.factor**2 if config.factor in (1, 2) else 1
+    found = out_of_range(
+        config,
+        "patches",
+        (
+            ("per_class", lambda v: v >= 1, "at least 1"),
+            ("crops", lambda v: v >= 1, "at least 1"),
+            ("pool", lambda v: v >= 1, "at least 1"),
+            ("pool", lambda v: v >= cells, f"at least factor^2 = {cells}"),
+            ("min_crop", lambda v: 0 < v <= 1, "in (0, 1]"),
+        ),
+    ) + device_faults("patches", config.device)
+    if found or data is None:
+        return found
+    if data.size % config.factor:
+        found.append(f"patches: images of side {data.size} cannot be cut into {config.factor} x {config.factor} cells")
+    pool = f" and pool {config.pool}" if config.pool else ""
+    return found + data.short(max(cells, config.pool or 1), f"patches with factor {config.factor}{pool}")
+
+
+def settled(config: PatchesConfig) -> PatchesConfig:
+    """The settings as the artifact records them."""
+    return config
+
+
+def space(config: PatchesConfig, data: Outline) -> Space:
+    """Bytes on disk: one PNG for each initial image."""
+    count = len(data.classes) * config.per_class
+    return Space(0, count * (3 * data.size**2 + 4096))
+
+
+def _must_fit(dataset: Artifact, teacher: Artifact) -> None:
     if teacher.kind != "teacher":
         raise UserError(f"{teacher.path} holds a {teacher.kind} artifact; wanted a teacher")
     teacher.must_fit(dataset)
     parent = teacher.manifest["parents"].get("dataset")
     if parent is not None and parent["id"] != dataset.id:
         raise UserError(f"teacher {teacher.path} was made from another data set than {dataset.path}")
-    if dataset.size % config.factor:
-        raise UserError(
-            f"patches: images of side {dataset.size} cannot be cut into {config.factor} x {config.factor} cells"
-        )
-
-
-def _pool(config: PatchesConfig, train: ImageSet) -> int:
-    """Images searched in each class; UserError names the classes that have too few."""
-    cells = config.factor**2
-    train.require(max(cells, config.pool or 1), f"patches with factor {config.factor} and pool {config.pool}")
-    pool = config.pool or int(train.counts().min())
-    if pool < cells:
-        raise UserError(f"patches: pool must be at least factor^2 = {cells}, got {pool}")
-    return pool
 
 
 def _class_images(

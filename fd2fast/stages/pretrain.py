@@ -16,20 +16,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fd2fast import seeding, threads
-from fd2fast.artifacts import STATE, Artifact, open_stage, resumable, write_bytes, write_json
+from fd2fast.artifacts import STATE, Artifact, made, open_stage, resumable, write_bytes, write_json
 from fd2fast.config import PretrainConfig, replace
 from fd2fast.data.augment import crop_resize, pretrain_views
+from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import normalise
 from fd2fast.data.store import ImageSet, load_split
-from fd2fast.device import autocast, pick_device, repeatable, settle_precision
-from fd2fast.errors import UserError
+from fd2fast.device import autocast, device_faults, pick_device, repeatable, settle_precision
+from fd2fast.errors import UserError, refuse
+from fd2fast.memory import beyond_memory
 from fd2fast.models.attention_views import crop_and_drop
 from fd2fast.models.backbone import build_backbone, canonical_name, hub_name, load_weights
+from fd2fast.models.probe import check_weights, probe
 from fd2fast.models.prototypes import Prototypes
 from fd2fast.models.teacher import FILE, Teacher
 from fd2fast.models.training import accelerate
 from fd2fast.progress import Progress
+from fd2fast.ranges import Bound, out_of_range
 from fd2fast.sources import HUB, Source, of_file
+from fd2fast.space import Space
 
 # (attention maps M, alpha) by data set and backbone: the paper's App. Table 3
 PAPER_SETTINGS: dict[str, dict[str, tuple[int, float]]] = {
@@ -99,8 +104,9 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
 
     Raises UserError for settings outside their range, weights or data that do not fit, and a loss that is not finite.
     """
-    config = settle_precision(config)
-    _check(config)
+    # what is finished needs neither its model nor its weights any more
+    refuse(faults(config, None if made(out) and not overwrite else outline_of(dataset)))
+    config = settled(config)
     device = pick_device(config.device)
     train, test = load_split(dataset, "train"), load_split(dataset, "test")
     for images, split in ((train, "training"), (test, "test")):
@@ -157,35 +163,65 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
     )
 
 
-def _check(config: PretrainConfig) -> None:
-    ranges: list[tuple[str, bool, str]] = [
-        ("epochs", config.epochs >= 1, "at least 1"),
-        ("batch_size", config.batch_size >= 1, "at least 1"),
-        ("eval_every", config.eval_every >= 1, "at least 1"),
-        ("backbone_epochs", 0 <= config.backbone_epochs < config.epochs, "at least 0 and below epochs"),
-        ("attention_maps", config.attention_maps is None or config.attention_maps >= 1, "at least 1"),
-        ("alpha", config.alpha is None or 0 <= config.alpha <= 1, "in [0, 1]"),
-        ("mu", 0 < config.mu <= 1, "in (0, 1]"),
-        ("center_weight", config.center_weight >= 0, "0 or more"),
-        ("lr", config.lr > 0, "positive"),
-        ("rate", config.rate > 0, "positive"),
-        ("duration", config.duration > 0, "positive"),
-        ("warmup", 0 <= config.warmup <= config.epochs, "between 0 and epochs"),
-        ("momentum", 0 <= config.momentum < 1, "in [0, 1)"),
-        ("weight_decay", config.weight_decay >= 0, "0 or more"),
-        ("label_smoothing", 0 <= config.label_smoothing < 1, "in [0, 1)"),
-        ("flip", 0 <= config.flip <= 1, "in [0, 1]"),
-        ("rotation", 0 <= config.rotation <= 180, "in [0, 180]"),
-        ("min_crop", 0 < config.min_crop <= 1, "in (0, 1]"),
-        (
-            "color_jitter",
-            all(v >= 0 for v in config.color_jitter) and config.color_jitter[3] <= 0.5,
-            "0 or more, hue <= 0.5",
-        ),
+def faults(config: PretrainConfig, data: Outline | None = None, *, hub: bool = False) -> list[str]:
+    """What is wrong with the settings, and with the model and its weights for this data set; one line each.
+
+    hub: fetch weights by name, too (they are kept, and training finds them).
+    """
+    found = out_of_range(config, "pretrain", _bounds(config)) + device_faults("pretrain", config.device)
+    if found or data is None:
+        return found
+    try:
+        seen = probe(config.model, len(data.classes), data.size)
+        if config.weights and (hub or config.weights != "hub"):
+            check_weights(config.model, len(data.classes), config.weights)
+    except UserError as error:
+        return [f"pretrain of {config.model}: {error}"]
+    if config.batch_size == 1 and min(seen.positions, seen.map_positions) == 1:
+        found.append(
+            f"pretrain.batch_size must be at least 2 for {config.model}, whose last map of {data.size} x {data.size} pixels "
+            "is one value, got 1"
+        )
+    rows = min(config.batch_size, sum(data.train))
+    needed = rows * seen.kept * (2 if config.precision in ("auto", "bf16", "fp16") else 4)
+    return found + beyond_memory(f"pretrain.batch_size {config.batch_size} with {config.model}", needed, config.device)
+
+
+def settled(config: PretrainConfig) -> PretrainConfig:
+    """The settings as the artifact records them."""
+    return settle_precision(config)
+
+
+def space(config: PretrainConfig, data: Outline) -> Space:
+    """Bytes on disk: the teacher, at most beside two saves of it with its optimiser and its best epoch."""
+    size = probe(config.model, len(data.classes), data.size).size
+    return Space(size, size * (1 + 2 * (4 if config.optimizer != "sgd" else 3)))
+
+
+def _bounds(config: PretrainConfig) -> list[Bound]:
+    # a wrong number of epochs has its own fault
+    epochs = config.epochs if isinstance(config.epochs, int) and config.epochs >= 1 else math.inf
+    return [
+        ("epochs", lambda v: v >= 1, "at least 1"),
+        ("batch_size", lambda v: v >= 1, "at least 1"),
+        ("eval_every", lambda v: v >= 1, "at least 1"),
+        ("backbone_epochs", lambda v: 0 <= v < epochs, "at least 0 and below epochs"),
+        ("attention_maps", lambda v: v >= 1, "at least 1"),
+        ("alpha", lambda v: 0 <= v <= 1, "in [0, 1]"),
+        ("mu", lambda v: 0 < v <= 1, "in (0, 1]"),
+        ("center_weight", lambda v: v >= 0, "0 or more"),
+        ("lr", lambda v: v > 0, "positive"),
+        ("rate", lambda v: v > 0, "positive"),
+        ("duration", lambda v: v > 0, "positive"),
+        ("warmup", lambda v: 0 <= v <= epochs, "between 0 and epochs"),
+        ("momentum", lambda v: 0 <= v < 1, "in [0, 1)"),
+        ("weight_decay", lambda v: v >= 0, "0 or more"),
+        ("label_smoothing", lambda v: 0 <= v < 1, "in [0, 1)"),
+        ("flip", lambda v: 0 <= v <= 1, "in [0, 1]"),
+        ("rotation", lambda v: 0 <= v <= 180, "in [0, 180]"),
+        ("min_crop", lambda v: 0 < v <= 1, "in (0, 1]"),
+        ("color_jitter", lambda v: all(one >= 0 for one in v) and v[3] <= 0.5, "0 or more, hue <= 0.5"),
     ]
-    for name, good, wanted in ranges:
-        if not good:
-            raise UserError(f"pretrain: {name} must be {wanted}, got {getattr(config, name)}")
 
 
 def learning_rate(config: PretrainConfig, epoch: int, step: int, steps: int) -> float:

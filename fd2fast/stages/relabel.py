@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fd2fast import seeding
-from fd2fast.artifacts import Artifact, Stage, atomic_path, new_array, open_stage, write_npy, writing
+from fd2fast.artifacts import Artifact, Stage, atomic_path, made, new_array, open_stage, write_npy, writing
 from fd2fast.config import RelabelConfig
-from fd2fast.data.distilled import load_images
+from fd2fast.data.distilled import images_per_class, load_images
+from fd2fast.data.outline import Outline
 from fd2fast.data.views import (
     PER_EPOCH,
+    VIEW_BOUNDS,
     Source,
     Views,
     ViewSettings,
@@ -32,11 +34,14 @@ from fd2fast.data.views import (
     replay,
     usual_batch_size,
 )
-from fd2fast.device import pick_device
-from fd2fast.errors import UserError
+from fd2fast.device import device_faults, pick_device
+from fd2fast.errors import UserError, refuse
+from fd2fast.models.probe import probe
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.models.training import accelerate
 from fd2fast.progress import Progress
+from fd2fast.ranges import out_of_range
+from fd2fast.space import Space
 
 LOGITS = "logits.npy"
 # Seconds between saves of unfinished work.
@@ -70,8 +75,10 @@ def run(
         if teacher.kind != "teacher":
             raise UserError(f"{teacher.path} holds a {teacher.kind} artifact; wanted a teacher artifact")
         images.must_fit(teacher)
-    if config.epochs < 1:
-        raise UserError(f"epochs must be at least 1, got {config.epochs}")
+    known = Outline("", images.size, tuple(images.classes), (), ())
+    finished = made(out) and not overwrite
+    models = [] if finished else [str(teacher.facts["model"]) for teacher in teachers]
+    refuse(faults(config, known, images_per_class(images), models))
     settings = ViewSettings.of(config)
     weights = teacher_weights(config, teachers)
     parents = {"images": images, **{f"teacher_{i}": teacher for i, teacher in enumerate(teachers)}}
@@ -124,6 +131,53 @@ def run(
             "agreement": agreement,
         },
     )
+
+
+def faults(
+    config: RelabelConfig, data: Outline | None = None, ipc: int | None = None, models: Sequence[str] = ()
+) -> list[str]:
+    """What is wrong with the settings, and for this data set at so many images per class; one line each.
+
+    models: the teachers' backbones.
+    """
+    bounds = (
+        ("ipc", lambda v: v >= 1, "at least 1"),
+        ("epochs", lambda v: v >= 1, "at least 1"),
+        *VIEW_BOUNDS,
+    )
+    found = out_of_range(config, "relabel", bounds) + device_faults("relabel", config.device)
+    if found or data is None or (count := config.ipc or ipc) is None:
+        return found
+    if ipc is not None and count > ipc:
+        return [f"relabel.ipc must be 1 to {ipc}, all that the images hold; got {count}"]
+    images = len(data.classes) * count
+    try:
+        smallest = int(np.diff(batch_offsets(images, config.batch_size)).min())
+    except UserError as error:
+        return [f"relabel: {error}"]
+    if config.teacher_mode != "batch" or smallest // 2 > 1:
+        return found
+    for model in models:
+        seen = probe(model, len(data.classes), data.size)
+        if seen.positions == 1 or (config.source == "cal" and seen.map_positions == 1):
+            found.append(
+                f"relabel.teacher_mode batch: half of a batch of {smallest} images leaves {model} one value per channel at "
+                f"{data.size} x {data.size} pixels; take a larger batch_size, larger images or teacher_mode eval"
+            )
+    return found
+
+
+def settled(config: RelabelConfig) -> RelabelConfig:
+    """The settings as the artifact records them."""
+    return config
+
+
+def space(config: RelabelConfig, data: Outline, ipc: int) -> Space:
+    """Bytes on disk: the logits and the views, whose space is taken when the stage begins."""
+    offsets = batch_offsets(len(data.classes) * (config.ipc or ipc), config.batch_size)
+    shapes = [((int(offsets[-1]), len(data.classes)), np.float16), *array_types(offsets).values()]
+    size = config.epochs * sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in shapes)
+    return Space(size, size + (1 << 16))
 
 
 def teacher_weights(config: RelabelConfig, teachers: Sequence[Artifact]) -> list[float]:

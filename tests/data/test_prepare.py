@@ -451,8 +451,8 @@ def test_class_names_cannot_lead_out_of_the_output_folder(tmp_path: Path, tree: 
 
 def test_settings_of_exif_and_level_are_checked(tmp_path: Path, config: DataConfig) -> None:
     cases = {
-        "exif must be 'ignore' or 'apply', got 'rotate'": replace(config, exif="rotate"),
-        "unknown level 'maker' of aircraft: did you mean 'manufacturer'": replace(
+        "data.exif must be ignore or apply, got 'rotate'": replace(config, exif="rotate"),
+        "data.level must be variant, family or manufacturer, got 'maker'": replace(
             config, dataset="aircraft", level="maker"
         ),
         "level 'family' is one of the data set aircraft; folder has no levels": replace(config, level="family"),
