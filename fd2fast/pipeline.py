@@ -14,6 +14,7 @@ from fd2fast.data.prepare import describe, prepare
 from fd2fast.errors import UserError
 from fd2fast.methods import check_name, patch_factor, takes_committee
 from fd2fast.stages import distill, evaluate, patches, pretrain, relabel, report
+from fd2fast.streams import say
 from fd2fast.workers import current, is_first
 
 HARD = ("random", "herding", "kcenter")
@@ -177,4 +178,4 @@ def _say(text: str) -> None:
 def _print(text: str) -> None:
     """Once for all processes of a job."""
     if is_first():
-        print(text, flush=True)
+        say(text)
