@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -11,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from fd2fast import student, threads
-from fd2fast.artifacts import Artifact, Stage, open_stage, read_json, write_bytes, write_json
+from fd2fast.artifacts import Artifact, Stage, open_stage, read_json, write_json
 from fd2fast.config import EvaluateConfig
 from fd2fast.data.store import load_split
 from fd2fast.device import pick_device, settle_precision
 from fd2fast.errors import UserError
-from fd2fast.models.backbone import build_backbone
+from fd2fast.models.classifier import check_classifier
+from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.pool import Task, side_by_side
 from fd2fast.progress import Progress
+from fd2fast.streams import plain
+
+# Students that the picture's legend names.
+_NAMED = 12
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ class _Opened:
         self.epochs, self.ipc = lessons.epochs, len(lessons.targets) // len(row.images.classes)
         if len(load_split(row.dataset, "test")) == 0:
             raise UserError(f"{row.dataset.path} holds no test images")
-        build_backbone(self.config.model, len(row.dataset.classes))  # an unknown name is refused before work begins
+        smallest = student.smallest_part(lessons.offsets, self.config.accumulation)
+        check_classifier(self.config.model, len(row.dataset.classes), row.dataset.size, smallest)
         self.stage: Stage = open_stage(row.out, "metrics", self.config, parents, overwrite=overwrite)
         self.name = f"{row.images.facts['method']} ipc {self.ipc} {self.config.labels}"
 
@@ -135,7 +140,7 @@ class _Opened:
         found = {seed: read_json(student.result_file(path, seed)) for seed in config.seeds}
         results = {str(seed): record["result"] for seed, record in found.items()}
         write_json(path / "metrics.json", results)
-        write_bytes(path / "curves.png", _curves(results, config, len(self.dataset.classes)))
+        picture(path / "curves.png", lambda: _curves(results, config, len(self.dataset.classes)))
         students = list(results.values())
         facts: dict[str, Any] = {
             "method": self.images.facts["method"],
@@ -189,27 +194,22 @@ def _check(config: EvaluateConfig) -> None:
             raise UserError(f"{name} must be {wanted}, got {getattr(config, name)!r}")
 
 
+@plotting()
 def _curves(results: dict[str, Any], config: EvaluateConfig, classes: int) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for seed, result in results.items():
+    drawn = figure(9, 3.5, layout="constrained")
+    left, right = drawn.subplots(1, 2)
+    for number, (seed, result) in enumerate(results.items()):
         left.plot(range(1, len(result["losses"]) + 1), result["losses"], label=f"seed {seed}", linewidth=1)
         right.plot(
             [t["epoch"] for t in result["tests"]],
             [t["top1"] for t in result["tests"]],
             marker=".",
-            label=f"seed {seed}",
+            label=f"seed {seed}" if number < _NAMED else None,
         )
     left.set(xlabel="epoch", ylabel="KL divergence" if config.labels == "soft" else "cross entropy", title="training")
     left.set_yscale("log")
     right.axhline(100 / classes, color="grey", linestyle=":", label="chance")
-    right.set(xlabel="epoch", ylabel="test accuracy (%)", title=f"student {config.model}", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None))
+    right.set_title(f"student {plain(config.model, 60)}", parse_math=False)
     right.legend(fontsize=8)
-    file = io.BytesIO()
-    # no date or version in the file: equal runs give equal bytes
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return file.getvalue()
+    return png(drawn, 110)
