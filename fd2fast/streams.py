@@ -66,6 +66,10 @@ class _Steady:
         self._gone = False
         with contextlib.suppress(Exception):  # another class than TextIOWrapper
             cast(Any, stream).reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError, ValueError):
+            # another program that shares a pipe or terminal may have set it so; writes would fail when it is full
+            if stream.fileno() in (1, 2) and not os.get_blocking(stream.fileno()):
+                os.set_blocking(stream.fileno(), True)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,27 @@ def test_a_reader_that_goes_away_ends_nothing(tmp_path, both):
     assert found.returncode == 0
     assert (tmp_path / "result").read_text() == "finished"
     assert both or not any(noise in found.stderr.decode("utf-8", "replace") for noise in NOISE)
+
+
+def test_a_reader_that_is_slow_gets_every_line(tmp_path):
+    """Of a pipe that the reader's program made non-blocking."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    root = str(Path(streams.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, script, tmp_path / "result"],
+        stdout=writing,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    os.close(writing)
+    time.sleep(0.3)  # the pipe is full by now, or not yet: the lines arrive in both cases
+    with open(reading, encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    assert process.wait(60) == 0
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("line")] == [str(n) for n in range(3000)]
 
 
 @pytest.mark.parametrize(
