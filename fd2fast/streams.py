@@ -14,6 +14,8 @@ from typing import Any, TextIO, cast
 _UNSAFE = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 _IN_LINES = re.compile(f"[{_UNSAFE}]")
 _IN_NAMES = re.compile(f"[{_UNSAFE}\\t\\n]")
+# What writing raises; RuntimeError: a signal's handler writes in the middle of another write.
+_FAULTS = (OSError, ValueError, RuntimeError)
 # Faults after which a stream never works again.
 _GONE = (errno.EPIPE, errno.EBADF, errno.ESHUTDOWN, errno.ECONNRESET)
 
@@ -44,12 +46,12 @@ def say(text: object = "", *, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     if stream is not None:
         _write(stream, lines(text) + "\n")
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(*_FAULTS):
             stream.flush()
 
 
 def _write(stream: TextIO, text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(*_FAULTS):
         try:
             stream.write(text)
         except UnicodeEncodeError:
@@ -80,7 +82,7 @@ class _Steady:
                 self._stream.write(text)
             except UnicodeEncodeError:
                 _write(self._stream, text)
-            except (OSError, ValueError) as error:
+            except _FAULTS as error:
                 self._failed(error)
         return len(text)
 
@@ -92,7 +94,7 @@ class _Steady:
         if not self._gone:
             try:
                 self._stream.flush()
-            except (OSError, ValueError) as error:
+            except _FAULTS as error:
                 self._failed(error)
 
     def isatty(self) -> bool:
@@ -106,14 +108,14 @@ class _Steady:
         self.flush()
         try:
             self._stream.flush()
-        except (OSError, ValueError):
+        except _FAULTS:
             self._drop()
 
-    def _failed(self, error: OSError | ValueError) -> None:
-        if isinstance(error, ValueError) or error.errno in _GONE:  # ValueError: the stream is closed
+    def _failed(self, error: Exception) -> None:
+        if isinstance(error, ValueError) or getattr(error, "errno", None) in _GONE:  # ValueError: the stream is closed
             self._gone = True
             self._drop()
-        elif self._called:
+        elif self._called and isinstance(error, OSError):
             say(f"{self._called} cannot be written ({error.strerror}); the work goes on", error=True)
             self._called = None
 

@@ -144,6 +144,27 @@ def test_a_full_output_is_said_once_on_the_other_stream(monkeypatch):
     assert isinstance(sys.stdout, Full)
 
 
+@pytest.mark.parametrize("fault", [RuntimeError("reentrant call inside a writer"), OSError(5, "Input/output error")])
+def test_a_fault_that_passes_leaves_the_stream(monkeypatch, fault):
+    """A signal in the middle of a write, a network file that is gone for a moment."""
+
+    class Sometimes(io.StringIO):
+        fails = 2
+
+        def write(self, text):
+            self.fails -= 1
+            if self.fails >= 0:
+                raise fault
+            return super().write(text)
+
+    out = Sometimes()
+    monkeypatch.setattr(sys, "stdout", out)
+    with streams.steady():
+        for number in range(4):
+            streams.say(number)
+    assert out.getvalue() == "2\n3\n"
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
