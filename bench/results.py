@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import io
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fd2fast import __version__, isa
+from fd2fast import __version__, isa, pictures
 from fd2fast.artifacts import write_bytes, write_json
 from fd2fast.errors import UserError
 
@@ -115,17 +114,13 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write(
-    folder: Path, place: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], text: str, picture: bytes | None = None
-) -> Path:
-    """BENCH-DATE.json, .md and .png in the folder; the path of the first."""
+def write(folder: Path, place: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], text: str) -> Path:
+    """BENCH-DATE.json and .md in the folder; the path of the first."""
     stamp = str(place["date"]).replace(":", "").replace("+0000", "")
     path = Path(folder) / f"{place['bench']}-{stamp}.json"
     write_json(path, {"about": dict(place), "rows": [dict(row) for row in rows]})
     head = "\n".join(f"{name}: {value}" for name, value in place.items())
     write_bytes(path.with_suffix(".md"), f"```\n{head}\n```\n\n{text}\n".encode())
-    if picture is not None:
-        write_bytes(path.with_suffix(".png"), picture)
     return path
 
 
@@ -136,15 +131,18 @@ def save(
     columns: Sequence[str],
     picture: Callable[[Sequence[Mapping[str, Any]], str], Any],
 ) -> Path:
-    """Write the files, in place of those of the same run; the path of the JSON.
+    """Write the files, in place of those of the same run, then the picture as .png; the path of the JSON.
 
     picture: draws the rows under a title, a matplotlib Figure.
     """
-    text = markdown(rows, columns)
-    figure = picture(rows, f"{place['device']}: {place['work']}")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return write(folder, place, rows, text, file.getvalue())
+    path = write(folder, place, rows, markdown(rows, columns))
+
+    @pictures.plotting()
+    def drawn() -> bytes:
+        return pictures.png(picture(rows, f"{place['device']}: {place['work']}"), 110)
+
+    pictures.picture(path.with_suffix(".png"), drawn)
+    return path
 
 
 def publish(
@@ -162,12 +160,7 @@ def publish(
 
 def figure_of(width: float, height: float) -> Any:
     """An empty matplotlib Figure, in inches, that needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return pictures.figure(width, height, layout="constrained")
 
 
 def read(path: Path | str) -> dict[str, Any]:

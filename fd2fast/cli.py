@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -28,7 +29,11 @@ from fd2fast.errors import UserError, nearest, refuse
 from fd2fast.paths import expand, expanded
 from fd2fast.presets import PRESETS, from_toml, preset, quick
 from fd2fast.progress import show_notes
+from fd2fast.streams import say, steady
 from fd2fast.workers import is_first
+
+# Columns of the narrowest page of help: on fewer tyro never ends.
+_NARROWEST = 40
 
 T = TypeVar("T")
 Bare = Annotated[T, tyro.conf.arg(name="")]  # no "config." before every option
@@ -50,7 +55,7 @@ def datasets(
     """
     from fd2fast.data.prepare import describe, prepare
 
-    print(describe(prepare(config, out, overwrite=overwrite)))
+    say(describe(prepare(config, out, overwrite=overwrite)))
 
 
 def pretrain(
@@ -217,14 +222,14 @@ def report(*, run: FilePath) -> None:
     """
     from fd2fast.pipeline import report_of
 
-    print(report_of(run))
+    say(report_of(run))
 
 
 def info() -> None:
     """Print versions, devices and, for each operation, which backend runs and why not another."""
     from fd2fast.info import describe
 
-    print(describe())
+    say(describe())
 
 
 def _run(config: RunConfig, overwrite: bool, dry_run: bool = False) -> None:
@@ -291,7 +296,7 @@ def bench(arguments: Sequence[str]) -> None:
         if path.stem not in ("registry", "shapes") and "__main__" in path.read_text()
     }
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: fd2fast bench NAME [OPTIONS]     (fd2fast bench NAME --help)\n\nnames: {', '.join(found)}")
+        say(f"usage: fd2fast bench NAME [OPTIONS]     (fd2fast bench NAME --help)\n\nnames: {', '.join(found)}")
         return
     if arguments[0] not in found:
         raise UserError(f"unknown bench {arguments[0]!r}: {nearest(arguments[0], found)}")
@@ -328,16 +333,16 @@ def export(*, artifact: FilePath, out: FilePath, ipc: int | None = None) -> None
     from fd2fast import artifacts
     from fd2fast.stages.exchange import export_artifact
 
-    print(export_artifact(artifacts.load(artifact), out, ipc=ipc))
+    say(export_artifact(artifacts.load(artifact), out, ipc=ipc))
 
 
 def _done(artifact: Any) -> None:
     if not is_first():
         return
-    print(f"{artifact.kind}: {artifact.path} ({artifact.measured['seconds']:.1f} s)")
+    say(f"{artifact.kind}: {artifact.path} ({artifact.measured['seconds']:.1f} s)")
     for name, value in artifact.facts.items():
         text = str(value)
-        print(f"  {name}: {text if len(text) < 100 else text[:97] + '...'}")
+        say(f"  {name}: {text if len(text) < 100 else text[:97] + '...'}")
 
 
 def _take(arguments: list[str], option: str, default: str | None) -> tuple[str | None, list[str]]:
@@ -425,6 +430,7 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+@steady()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 for a user's error, 1 for one of the surroundings, 70 for one of the program.
 
@@ -432,11 +438,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
+        say(usage())
         return 0
     if arguments[0] in ("--version", "version"):
-        print(__version__)
+        say(__version__)
         return 0
+    if shutil.get_terminal_size().columns < _NARROWEST:
+        os.environ["COLUMNS"] = str(_NARROWEST)
     try:
         with stopping.raising(lambda number: _stopped(arguments[0], number)):
             show_notes()
@@ -472,11 +480,11 @@ def _complain(error: BaseException, told: str) -> None:
         traceback.print_exception(error)
     rank = os.environ.get("RANK", "?") if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1") else ""
     whose = f" (process {rank} of the job)" if rank else ""
-    print(f"error{whose}: {told}", file=sys.stderr, flush=True)
+    say(f"error{whose}: {told}", error=True)
 
 
 def _stopped(command: str, number: int) -> None:
     by = "" if number == signal.SIGINT else f" by {stopping.SIGNALS.get(signal.Signals(number).name, number)}"
     resumes = command not in ("bench", "info")
     told = f"stopped{by}" + ("; the same command goes on from the last checkpoint" if resumes else "")
-    print(f"\n{told}", file=sys.stderr, flush=True)
+    say(f"\n{told}", error=True)

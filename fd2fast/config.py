@@ -261,7 +261,8 @@ class RelabelConfig:
 class EvaluateConfig:
     """Train students from scratch on the distilled images and test them on the real test images."""
 
-    # Student: as the teacher's model names; plain backbone without CAL head.
+    # Student: any of the teacher's model names (without CAL head), any other timm classifier (timm:NAME[,key=value...]: ViT,
+    # Swin, ConvNeXt, Mixer ...; no BatchNorm is needed) or torchvision classifier (torchvision:NAME[,key=value...]).
     model: str = "ResNet18"
     # soft: the stored labels (KL divergence). hard: the class (cross entropy), as for the selection baselines.
     labels: Literal["soft", "hard"] = "soft"
@@ -285,7 +286,7 @@ class EvaluateConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     # Temperature of the KL divergence.
     temperature: float = 20.0
-    # AdamW learning rate.
+    # AdamW learning rate; transformers often need a lower one.
     lr: float = 1e-3
     # AdamW weight decay, on tensors of two or more dimensions.
     weight_decay: float = 1e-5

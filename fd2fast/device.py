@@ -18,6 +18,13 @@ Config = TypeVar("Config")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def channels_last(network: torch.nn.Module) -> None:
+    """Lay out the network's tensors [O, I, h, w] channels last, in place; those of other ranks (of Conv3d, say) stay."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The torch device called `name`, made the current one; "auto" is a GPU when there is one, else the CPU.
 

@@ -27,6 +27,7 @@ from fd2fast.models.backbone import canonical_name
 from fd2fast.ranges import out_of_range, repeated
 from fd2fast.space import Space
 from fd2fast.stages import distill, evaluate, patches, pretrain, relabel, report
+from fd2fast.streams import say
 from fd2fast.workers import current, is_first
 
 T = TypeVar("T")
@@ -500,4 +501,4 @@ def _say(text: str) -> None:
 def _print(text: str) -> None:
     """Once for all processes of a job."""
     if is_first():
-        print(text, flush=True)
+        say(text)

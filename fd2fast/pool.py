@@ -18,6 +18,7 @@ from typing import Any
 
 from fd2fast import threads
 from fd2fast.errors import UserError
+from fd2fast.streams import open_closed, steady
 
 # Variables of a torchrun job, which its processes' children do not belong to.
 _JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
@@ -163,6 +164,7 @@ def _died(task: Task, code: int) -> UserError:
 
 def _serve() -> None:
     """The worker's side: calls from stdin, one JSON object a line, results to stdout; ends with the process that asks."""
+    open_closed()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; who asks decides
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print
@@ -197,4 +199,5 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    with steady():
+        _serve()

@@ -3,24 +3,39 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from tqdm import tqdm
+from fd2fast.streams import lines, plain
+
+try:
+    from tqdm import tqdm
+except (TypeError, ValueError):  # a TQDM_ variable that it cannot read, which also torch's import would meet
+    for _name in [name for name in os.environ if name.startswith("TQDM_")]:
+        del os.environ[_name]
+    from tqdm import tqdm
 
 T = TypeVar("T")
 
 
 class Progress:
-    """A bar of `total` units; `done` units were finished by an earlier, interrupted run."""
+    """A bar of `total` units; `done` units were finished by an earlier, interrupted run. What fails to draw it only ends it."""
 
     def __init__(self, description: str, total: int, *, done: int = 0, unit: str = "it"):
+        self._bar: Any = None
+        self._bar = self._safely(lambda: self._open(plain(description), total, done, unit))
+
+    @staticmethod
+    def _open(description: str, total: int, done: int, unit: str) -> Any:
+        if sys.stderr is None:
+            return None
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(
+        return tqdm(
             total=total,
             initial=done,
             desc=description,
             unit=unit,
+            file=sys.stderr,
             dynamic_ncols=terminal,
             ncols=None if terminal else 110,
             mininterval=0.2 if terminal else 15.0,
@@ -29,10 +44,21 @@ class Progress:
             leave=True,
         )
 
+    def _safely(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception:  # a terminal's or a stream's: the work goes on without a bar
+            self._bar = None
+            return None
+
     def step(self, units: int = 1, **values: float | str) -> None:
         """Advance; `values` (losses, accuracies) are shown behind the bar."""
+        if self._bar is not None:
+            self._safely(lambda: self._advance(units, values))
+
+    def _advance(self, units: int, values: dict[str, float | str]) -> None:
         if values:
-            shown = {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in values.items()}
+            shown = {plain(k): plain(v) if isinstance(v, str) else f"{v:.4g}" for k, v in values.items()}
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update(units)
 
@@ -40,15 +66,20 @@ class Progress:
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._safely(self._bar.close)
 
 
 class NotesHandler(logging.Handler):
     """Writes what the package logs to stderr, above a running bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line, as it is."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        """One line, as it is; a stream that cannot take it is no error."""
+        try:
+            if sys.stderr is not None:
+                tqdm.write(lines(self.format(record)), file=sys.stderr)
+        except Exception:
+            pass
 
 
 def show_notes() -> None:

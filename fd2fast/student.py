@@ -41,9 +41,9 @@ from fd2fast.data.views import (
     open_views,
     replay,
 )
-from fd2fast.device import autocast, pick_device, repeatable
+from fd2fast.device import autocast, channels_last, pick_device, repeatable
 from fd2fast.errors import UserError
-from fd2fast.models.backbone import build_backbone
+from fd2fast.models.classifier import build_classifier
 from fd2fast.models.training import accelerate
 
 # Epochs of a student without a label store to say otherwise (CV-DD).
@@ -140,8 +140,8 @@ class Training:
         self.config, self.path, self.lessons, self.test, self.seed = config, path, lessons, test, seed
         self.device = pick_device(config.device)
         seeding.seed_all(seed, "student")
-        self.student: nn.Module = build_backbone(config.model, len(test.classes))
-        self.student.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.student: nn.Module = build_classifier(config.model, len(test.classes), test.size)
+        channels_last(self.student.to(self.device))
         accelerate(self.student)
         decayed = [p for p in self.student.parameters() if p.ndim >= 2]
         plain = [p for p in self.student.parameters() if p.ndim < 2]
@@ -305,6 +305,12 @@ def parts(count: int, usual: int, accumulation: int) -> list[tuple[int, int]]:
     if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 and size > 1:
         del bounds[-2]
     return list(zip(bounds, bounds[1:], strict=False))
+
+
+def part_sizes(offsets: np.ndarray, accumulation: int) -> set[int]:
+    """Images in the parts of all batches."""
+    counts = [int(count) for count in np.diff(offsets)]
+    return {high - low for count in set(counts) for low, high in parts(count, max(counts), accumulation)}
 
 
 def result_file(path: Path, seed: int) -> Path:

@@ -1,6 +1,9 @@
 """The command line: help that teaches, errors without tracebacks, settings that reach the stages."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -97,6 +100,35 @@ def test_interrupt_says_how_to_go_on(capsys, monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "bench", stop)  # begins anew
     assert cli.main(["bench", "table2"]) == 130
     assert capsys.readouterr().err == "\nstopped\n"
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["rum"], 2), (["run", "--preset", "cbu"], 2)])
+def test_the_exit_code_does_not_hang_on_a_reader(arguments, code, tmp_path):
+    """Standard output and error are a pipe that nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fd2fast", *arguments]
+    found = subprocess.run(command, stdout=writing, stderr=writing, cwd=tmp_path, timeout=120)
+    os.close(writing)
+    assert found.returncode == code
+
+
+@pytest.mark.parametrize("columns", ["1", "7", "0", "-3", "many"])
+def test_help_on_terminals_of_any_width(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["info", "--help"])
+    assert stop.value.code == 0
+    assert "usage: fd2fast info" in capsys.readouterr().out
+
+
+def test_an_error_cannot_steer_the_terminal(capsys, monkeypatch):
+    def stop(*_):
+        raise UserError("class \x1b[2J\udcff")
+
+    monkeypatch.setattr(cli, "_run", stop)
+    assert cli.main(["run"]) == 2
+    assert capsys.readouterr().err == "error: class \\x1b[2J\\xff\n"
 
 
 def test_take_pulls_an_option_out():

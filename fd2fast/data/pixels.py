@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, TiffImagePlugin, WebPImag
 
 from fd2fast.artifacts import atomic_path, write_bytes
 from fd2fast.errors import UserError
+from fd2fast.streams import plain
 
 # A file may decode to at most this many pixels: a few kilobytes can otherwise ask for all memory.
 MAX_PIXELS = 80_000_000
@@ -46,6 +47,13 @@ _TURNS = {
 
 # Said once by Pillow for a file that is read all the same; a filter for a block would not be safe among threads.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+
+# A preview is made smaller, or shows fewer rows and columns, beyond these: pixels of the sheet, and of one side.
+_SHEET_PIXELS, _SHEET_SIDE = 80_000_000, 16_000
+# Side of the smallest image in a preview, pixels.
+_LEAST_TILE = 8
+# Characters of a title.
+_TITLE = 60
 
 Quantization = Literal["round", "truncate"]
 
@@ -242,6 +250,7 @@ def grid(
     """A picture of uint8 images [N, 3, H, W], `columns` to a row, as PNG bytes (also written to `path` if given).
 
     titles: one for each row (shown at its left) or one for each image (shown above it). scale: pixels are repeated.
+    A sheet stays below 16,000 pixels a side and 80 million in all: images are made smaller, then rows and columns left out.
     """
     array = images.cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] != 3 or len(array) == 0:
@@ -250,34 +259,50 @@ def grid(
         raise ValueError(f"columns and scale must be at least 1, got {columns} and {scale}")
     count, _, height, width = array.shape
     rows = math.ceil(count / columns)
-    titles = list(titles or [])
+    titles = [plain(title, _TITLE) for title in titles or []]
     if titles and len(titles) not in (rows, count):
         raise ValueError(f"titles must hold one for each of {rows} rows or {count} images, got {len(titles)}")
     left, above = bool(titles) and len(titles) == rows, bool(titles) and len(titles) != rows
     font = ImageFont.load_default(11)
     gap = 2
+    tile_width, tile_height, shown_columns, rows = _bounded(width * scale, height * scale, columns, rows, gap)
     margin = gap + (int(max(font.getlength(t) for t in titles)) + 6 if left else 0)
     caption = 14 if above else 0
-    cell = (width * scale + gap, height * scale + gap + caption)
-    sheet = Image.new("RGB", (margin + columns * cell[0], gap + rows * cell[1]), "white")
+    cell = (tile_width + gap, tile_height + gap + caption)
+    sheet = Image.new("RGB", (margin + shown_columns * cell[0], gap + rows * cell[1]), "white")
     draw = ImageDraw.Draw(sheet)
     for n in range(count):
+        if n % columns >= shown_columns or n // columns >= rows:
+            continue
         x, y = margin + n % columns * cell[0], gap + n // columns * cell[1]
         tile = Image.fromarray(np.ascontiguousarray(array[n].transpose(1, 2, 0)))
-        if scale > 1:
-            tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        if (tile_width, tile_height) != (width, height):
+            larger = tile_width >= width and tile_height >= height
+            tile = tile.resize((tile_width, tile_height), Image.Resampling.NEAREST if larger else Image.Resampling.BOX)
         sheet.paste(tile, (x, y + caption))
         if above:
             text = titles[n]
-            while text and font.getlength(text) > width * scale:
+            while text and font.getlength(text) > tile_width:
                 text = text[:-1]
             draw.text((x, y), text, fill="black", font=font)
     if left:
-        for row, text in enumerate(titles):
-            draw.text((gap, gap + row * cell[1] + height * scale // 2), text, fill="black", font=font, anchor="lm")
+        for row, text in enumerate(titles[:rows]):
+            draw.text((gap, gap + row * cell[1] + tile_height // 2), text, fill="black", font=font, anchor="lm")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     if path is not None:
         with atomic_path(Path(path)) as temporary:
             temporary.write_bytes(buffer.getvalue())
     return buffer.getvalue()
+
+
+def _bounded(width: int, height: int, columns: int, rows: int, gap: int) -> tuple[int, int, int, int]:
+    """Tile width and height, columns and rows of a sheet within the limits: as given where those allow it."""
+    sides = columns * (width + gap), rows * (height + gap)
+    share = min(1.0, math.sqrt(_SHEET_PIXELS / (sides[0] * sides[1])), *(_SHEET_SIDE / side for side in sides))
+    if share == 1:
+        return width, height, columns, rows
+    width, height = (max(min(_LEAST_TILE, side), int((side + gap) * share) - gap) for side in (width, height))
+    columns, rows = min(columns, _SHEET_SIDE // (width + gap)), min(rows, _SHEET_SIDE // (height + gap))
+    most = _SHEET_PIXELS // (columns * (width + gap) * (height + gap))
+    return width, height, columns, min(rows, max(1, most))

@@ -23,9 +23,11 @@ from fd2fast.data.outline import Outline
 from fd2fast.data.pixels import CONVERSIONS, ORIENTED, decode, grid, resized
 from fd2fast.data.walk import LeftOut
 from fd2fast.errors import UserError, nearest, refuse
+from fd2fast.pictures import picture
 from fd2fast.progress import Progress
 from fd2fast.ranges import Bound, out_of_range
 from fd2fast.space import Space
+from fd2fast.streams import plain
 
 _CHUNK = 256
 _DONE = 1  # bit 0 of a row's status; _MARKS follow from bit 1
@@ -280,7 +282,8 @@ def _finish(
     samples = _preview_rows(labels["train"], len(listing.classes))
     shown = rows.images["train"][np.flatnonzero(kept["train"])[samples.reshape(-1)]]
     names = [listing.classes[k] for k in labels["train"][samples[:, 0]]]
-    grid(shown, samples.shape[1], titles=names, scale=max(1, 64 // config.size), path=stage.path / "preview.png")
+    scale = max(1, 64 // config.size)
+    picture(stage.path / "preview.png", lambda: grid(shown, samples.shape[1], titles=names, scale=scale))
     converted, oriented = rows.converted(), rows.oriented()
     for split in _SPLITS:
         write_npy(stage.path / f"{split}_labels.npy", labels[split])
@@ -362,9 +365,10 @@ def describe(dataset: Artifact) -> str:
     def numbers(values: tuple[float, ...], name: str) -> str:
         return f"{', '.join(f'{v:.4f}' for v in values)} ({facts['statistics'][name]})"
 
-    names = ", ".join(classes[:6]) + (f", ... {classes[-1]}" if len(classes) > 6 else "")
+    short = [plain(name, 60) for name in (*classes[:6], classes[-1])]
+    names = ", ".join(short[: len(classes)][:6]) + (f", ... {short[-1]}" if len(classes) > 6 else "")
     lines = [
-        f"{facts['name']} at {dataset.size} x {dataset.size} in {dataset.path}",
+        f"{facts['name']} at {dataset.size} x {dataset.size} in {plain(dataset.path)}",
         f"  classes   {len(classes)}: {names}",
         f"  training  {spread('train')}",
         f"  test      {spread('test')}",
@@ -375,7 +379,7 @@ def describe(dataset: Artifact) -> str:
         lines.append(f"  converted {', '.join(converted)}")
     if skipped := facts["skipped"]:
         lines.append(
-            f"  skipped   {len(skipped)}: {', '.join(skipped[:SHOWN])}{' ...' if len(skipped) > SHOWN else ''}"
+            f"  skipped   {len(skipped)}: {', '.join(map(plain, skipped[:SHOWN]))}{' ...' if len(skipped) > SHOWN else ''}"
         )
     if oriented := dataset.measured.get("oriented"):
         lines.append(f"  turned    {_say_oriented(oriented, dataset.config.get('exif', 'ignore'))}")

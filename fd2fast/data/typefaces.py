@@ -25,6 +25,7 @@ from fd2fast.artifacts import writing
 from fd2fast.config import DataConfig
 from fd2fast.data.walk import walk
 from fd2fast.errors import UserError
+from fd2fast.pictures import font_folder
 from fd2fast.progress import Progress, track
 from fd2fast.seeding import numpy_generator
 
@@ -100,9 +101,7 @@ _DISTINCT = 0.2
 
 def builtin_folder() -> Path:
     """The folder of typefaces that come with matplotlib."""
-    import matplotlib
-
-    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return font_folder()
 
 
 def choose(classes: int, folder: Path | str | None = None, *, skip: bool = False) -> list[Face]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fd2fast.errors import UserError, nearest
 from fd2fast.models.matching import Candidate, check_values, choose, find, refuse
+from fd2fast.models.sight import REFUSALS, USUAL, fitted, must_see, reason, refusal
 from fd2fast.models.weights_file import Foreign, read_tensors
 
 log = logging.getLogger("fd2fast")
@@ -105,9 +106,7 @@ class Backbone(nn.Module):
         self._features = features
         self._logits = logits
         if not self.bn_layers():
-            raise UserError(
-                f"model {name!r} has no BatchNorm2d layer; the method matches BN statistics: choose another model"
-            )
+            raise UserError(_without_batchnorm(name))
 
     def features(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] -> the final map [N, C, h, w] after its last activation."""
@@ -126,17 +125,28 @@ class Backbone(nn.Module):
         return [(name, layer) for name, layer in self.net.named_modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
-def build_backbone(name: str, classes: int) -> Backbone:
+def _without_batchnorm(name: str) -> str:
+    return (
+        f"model {name!r} has no BatchNorm2d layer, whose statistics the method matches: it works as a student, "
+        "not as a teacher; choose another teacher"
+    )
+
+
+def build_backbone(name: str, classes: int, size: int | None = None) -> Backbone:
     """A randomly initialised backbone (global torch generator) with a head of `classes` outputs.
 
     `name`: ResNet18, ResNet50, DenseNet121, MobileNetV2, ShuffleNetV2 (x1.0), ShuffleNetV2_x0.5, whatever the case, or
     `timm:NAME[,key=value...]`, whose settings go to timm.create_model (numbers, True/False, text, 32x64 for a tuple).
-    Raises UserError for an unknown name or setting, a model without BatchNorm2d or without a 4-d feature map.
+    size: side of the images it is for, pixels; a timm model of fixed size is made for that size where its family can be.
+    Raises UserError for an unknown name or setting, a model without BatchNorm2d, without a 4-d feature map, or which cannot
+    see images of that size (torchvision's: see `must_see`).
     """
     if classes < 1:
         raise UserError(f"a backbone needs at least 1 class, got {classes}")
     if name.lower().startswith("timm:"):
-        return _timm_backbone(name, classes)
+        return _timm_backbone(name, classes, size)
+    if name.lower().startswith("torchvision:"):
+        raise UserError(f"{name} works as a student; a teacher is one of {', '.join(STOCK)} or timm:NAME")
     canonical = _BY_LOWER_NAME.get(name.lower())
     if canonical is None:
         raise UserError(f"unknown model {name!r}; {nearest(name, [*STOCK, 'timm:NAME'])}")
@@ -151,6 +161,14 @@ def build_backbone(name: str, classes: int) -> Backbone:
         features=stock.features,
         logits=stock.logits,
     )
+
+
+def native_size(name: str) -> int:
+    """Side of the images that the model of this name was made for, pixels."""
+    if name.lower().startswith("timm:"):
+        known = timm.get_pretrained_cfg(parse_timm(name)[0])
+        return int(known.input_size[-1]) if known else USUAL
+    return 299 if "inception" in name.lower() else USUAL
 
 
 def canonical_name(name: str) -> str:
@@ -173,18 +191,25 @@ def _value(text: str) -> Any:
     return text
 
 
-def _parse_timm(name: str) -> tuple[str, dict[str, Any]]:
-    architecture, *settings = (part.strip() for part in name[5:].split(","))
-    if not timm.is_model(architecture):
-        raise UserError(f"unknown timm model {architecture!r}; {_nearest_timm(architecture)}")
+def settings_of(name: str) -> tuple[str, dict[str, Any]]:
+    """The architecture and the settings of `PREFIX:NAME[,key=value...]`; UserError for a setting that cannot be given."""
+    architecture, *settings = (part.strip() for part in name.partition(":")[2].split(","))
     options: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key or not text:
             raise UserError(f"model {name!r}: wanted key=value after the comma, got {setting!r}")
-        if key in ("pretrained", "num_classes", "checkpoint_path", "in_chans", "features_only"):
+        if key in ("pretrained", "num_classes", "checkpoint_path", "in_chans", "features_only", "weights"):
             raise UserError(f"model {name!r}: {key!r} is set by fd2fast and cannot be given here")
         options[key] = _value(text)
+    return architecture, options
+
+
+def parse_timm(name: str) -> tuple[str, dict[str, Any]]:
+    """As `settings_of`; UserError, too, for an architecture that timm does not know."""
+    architecture, options = settings_of(name)
+    if not timm.is_model(architecture):
+        raise UserError(f"unknown timm model {architecture!r}; {_nearest_timm(architecture)}")
     return architecture, options
 
 
@@ -195,23 +220,30 @@ def _nearest_timm(name: str) -> str:
     return f"did you mean {' or '.join(map(repr, close))}?" if close else "timm.list_models() lists them"
 
 
-def _timm_net(name: str, classes: int, *, pretrained: bool) -> nn.Module:
-    architecture, options = _parse_timm(name)
+def timm_net(name: str, classes: int, *, pretrained: bool = False, **more: Any) -> nn.Module:
+    """The stock module of `timm:NAME[,key=value...]`; more: further settings. UserError where timm cannot make it."""
+    architecture, options = parse_timm(name)
     try:
-        return timm.create_model(architecture, pretrained=pretrained, num_classes=classes, **options)
-    except (TypeError, AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"timm cannot build model {name!r}: {str(error) or type(error).__name__}") from error
+        return timm.create_model(architecture, pretrained=pretrained, num_classes=classes, **options, **more)
+    except REFUSALS as error:
+        raise UserError(f"timm cannot build model {name!r}: {reason(error)}") from error
 
 
-def _timm_backbone(name: str, classes: int) -> Backbone:
-    net: Any = _timm_net(name, classes, pretrained=False)
+def timm_sizes(name: str) -> tuple[str, ...]:
+    """timm's setting for the side of the images, unless the name gives it."""
+    return () if "img_size" in settings_of(name)[1] else ("img_size",)
+
+
+def _timm_backbone(name: str, classes: int, size: int | None) -> Backbone:
+    net: Any = fitted(functools.partial(timm_net, name, classes), size, timm_sizes(name))
     if not any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules()):
-        raise UserError(
-            f"model {name!r} has no BatchNorm2d layer; the method matches BN statistics: choose another model"
-        )
+        raise UserError(_without_batchnorm(name))
     if not (hasattr(net, "forward_features") and hasattr(net, "forward_head")):
-        raise UserError(f"model {name!r} has no forward_features/forward_head; choose another timm CNN")
-    channels = _map_channels(name, net)
+        raise UserError(
+            f"model {name!r} has no forward_features/forward_head: it works as a student, not as a teacher; "
+            "choose another timm CNN"
+        )
+    channels = _map_channels(name, net, size)
     classifier = net.get_classifier()
     heads = [key for key, module in net.named_modules() if module is classifier]
     return Backbone(
@@ -225,23 +257,44 @@ def _timm_backbone(name: str, classes: int) -> Backbone:
     )
 
 
-def _map_channels(name: str, net: Any) -> int:
-    """C of the final map, from a pass over one blank image; UserError unless the map is [N, C, h, w]."""
+class _Features(nn.Module):
+    """The first half of a timm network as a network; `seen` is what it gave last."""
+
+    def __init__(self, net: Any):
+        super().__init__()
+        self.net = net
+        self.seen: Any = None
+
+    def forward(self, x: Tensor) -> Any:
+        self.seen = self.net.forward_features(x)
+        return self.seen
+
+
+def _map_channels(name: str, net: Any, size: int | None) -> int:
+    """C of the final map, from a pass over a blank image; UserError unless it sees `size` and the map is [N, C, h, w].
+
+    Without a size, one that it takes is looked for: only the channels are asked for.
+    """
     known = net.default_cfg or {}
-    fixed = known.get("input_size", (3, 224, 224)) if known.get("fixed_input_size") else (3, 64, 64)
-    side = max(*fixed[1:], *(known.get("min_input_size") or (3, 0, 0))[1:])
-    training = net.training
-    net.eval()
-    try:
-        with torch.no_grad():
-            features = net.forward_features(torch.zeros(1, 3, side, side))
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        raise UserError(f"model {name!r} cannot see a {side} x {side} image: {error}") from error
-    finally:
-        net.train(training)
+    native = int((known.get("input_size") or (3, USUAL, USUAL))[-1])
+    half = _Features(net)
+    if size is not None:
+        must_see(name, net, size, native=native)
+        refusal(half, size)
+    else:
+        refused = None
+        for side in (native,) if known.get("fixed_input_size") else (64, native):
+            if (refused := refusal(half, side)) is None:
+                break
+        if refused is not None:
+            raise UserError(f"model {name!r} cannot see a {native} x {native} image: {refused}")
+    features = half.seen
     if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[1] != net.num_features:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise UserError(f"model {name!r} must give a feature map [N, C, h, w], got {shape}; choose a CNN")
+        raise UserError(
+            f"teacher {name!r} must give a feature map [N, C, h, w], got {shape}: it may work as a student; "
+            "choose a CNN as the teacher"
+        )
     return int(features.shape[1])
 
 
@@ -331,9 +384,9 @@ def _hub_state(backbone: Backbone) -> dict[str, Tensor]:
     try:
         if backbone.name.startswith("timm:"):
             # the checkpoint's own class count: timm would drop the head of another one without a word
-            architecture, _ = _parse_timm(backbone.name)
+            architecture, _ = parse_timm(backbone.name)
             known = timm.get_pretrained_cfg(architecture)
-            return _timm_net(backbone.name, known.num_classes if known else 1000, pretrained=True).state_dict()
+            return timm_net(backbone.name, known.num_classes if known else 1000, pretrained=True).state_dict()
         weights = torchvision.models.get_model_weights(STOCK[backbone.name].builder)
         return dict(weights["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True))
     except UserError:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fd2fast.errors import UserError
-from fd2fast.models.backbone import build_backbone, load_weights
+from fd2fast.models.backbone import Backbone, build_backbone, load_weights, native_size
+from fd2fast.models.classifier import build_classifier
+from fd2fast.models.sight import must_see
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,15 @@ class Probe:
     kept: int
     # Fewest values per channel that any BatchNorm layer has for one image; more than one where there is no such layer.
     positions: int
-    # Positions of the final map, which the CAL head of a teacher normalises.
+    # Positions of the final map, which the CAL head of a teacher normalises; 0 for a student without such maps.
     map_positions: int
 
 
 @functools.lru_cache(maxsize=64)
-def probe(name: str, classes: int, side: int) -> Probe:
+def probe(name: str, classes: int, side: int, *, student: bool = False) -> Probe:
     """A pass of one blank image of this side through the model; the global random generators stay as they are.
 
+    student: any classifier; otherwise a backbone, as teachers have.
     Raises UserError for a model that cannot be built or cannot see such an image.
     """
     kept: list[int] = []
@@ -46,22 +48,21 @@ def probe(name: str, classes: int, side: int) -> Probe:
         positions.append(inputs[0].numel() // inputs[0].shape[1])
 
     with _undrawn():
-        net = build_backbone(name, classes).eval()
+        net = (build_classifier if student else build_backbone)(name, classes, side).eval()
+        must_see(name, net, side, native=native_size(name))
         for layer in net.modules():
             if isinstance(layer, _BatchNorm):
                 layer.register_forward_pre_hook(look)
-        try:
-            with torch.no_grad():
-                features = net.features(torch.zeros(1, 3, side, side))
-                net.logits(features)
-        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"model {name!r} cannot see images of {side} x {side} pixels ({reason}): take larger images or another model"
-            ) from error
+        with torch.no_grad():
+            image = torch.zeros(1, 3, side, side)
+            if isinstance(net, Backbone):
+                last = math.prod(net.features(image).shape[2:])
+            else:
+                net(image)
+                last = 0
     values = [*net.parameters(), *net.buffers()]
     size = sum(value.numel() * value.element_size() for value in values)
-    return Probe(size, sum(kept), min(positions, default=side**2), math.prod(features.shape[2:]))
+    return Probe(size, sum(kept), min(positions, default=side**2), last)
 
 
 def check_weights(name: str, classes: int, source: str) -> None:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fd2fast.artifacts import Artifact, write_safetensors
+from fd2fast.device import channels_last
 from fd2fast.errors import UserError
 from fd2fast.models.attention_head import AttentionHead
 from fd2fast.models.backbone import Backbone, build_backbone
 
 FILE = "teacher.safetensors"
+# Side of the largest training images that a file may speak of, pixels: its network is tried on one.
+_MOST_SIDE = 4096
 _METADATA = "fd2fast"  # one key: safetensors writes several in an arbitrary order
 
 
@@ -96,12 +99,15 @@ class Teacher(nn.Module):
             with safe_open(path, "pt") as file:
                 settings = json.loads((file.metadata() or {})[_METADATA])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            backbone = build_backbone(settings["name"], settings["classes"])
+            size = settings["size"]
+            if not isinstance(size, int) or not 1 <= size <= _MOST_SIDE:
+                raise ValueError(f"size must be 1 to {_MOST_SIDE} pixels, got {str(size)[:20]}")
+            backbone = build_backbone(settings["name"], settings["classes"], size)
             teacher = Teacher(
                 backbone,
                 settings["attention_maps"],
                 alpha=settings["alpha"],
-                size=settings["size"],
+                size=size,
                 accuracy=settings["accuracy"],
             )
             backbone.net.load_state_dict(_below(tensors, "backbone."))
@@ -133,4 +139,5 @@ def load_teacher(artifact: Artifact, device: torch.device | str = "cpu", dtype: 
             f"teacher {artifact.path} has {teacher.classes} outputs, its manifest {len(artifact.classes)} classes"
         )
     teacher = teacher.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return teacher.to(memory_format=torch.channels_last)
+    channels_last(teacher)
+    return teacher

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fd2fast.artifacts import Artifact, Stage, atomic_path, load, open_stage, read_json, write_json
+from fd2fast.artifacts import Artifact, Stage, load, open_stage, read_json, write_json
 from fd2fast.config import DistillConfig
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import grid, quantize, save_image
@@ -29,8 +29,10 @@ from fd2fast.methods import faults as check_settings
 from fd2fast.models.convolution import Choices
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.probe import probe
+from fd2fast.models.sight import must_see
 from fd2fast.models.teacher import load_teacher
 from fd2fast.models.tune import tune
+from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.planner import Plan, make_plan
 from fd2fast.space import Space
 from fd2fast.step import TERMS, map_dtype
@@ -202,6 +204,10 @@ def _optimise(
     """Plan, run the steps, draw the overviews; the iterations done by this process."""
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     loaded = [load_teacher(t, device, dtype) for t in teachers]
+    assert config.sizes is not None
+    for teacher in loaded:
+        for side in sorted(set(config.sizes) - {dataset.size}):
+            must_see(teacher.name, teacher.backbone, side, native=dataset.size, whose=f"{config.method} uses")
 
     choices = Choices()
 
@@ -312,7 +318,7 @@ def _select(
             save_image(stage.path / image_name(label, image_id, extension), chosen[label, image_id], extension)
     shown = chosen[:_GRID_CLASSES, :_GRID_IDS]
     titles = [str(c) for c in dataset.classes[: len(shown)]]
-    grid(shown.flatten(0, 1), shown.shape[1], titles=titles, path=stage.path / "grid.png")
+    picture(stage.path / "grid.png", lambda: grid(shown.flatten(0, 1), shown.shape[1], titles=titles))
 
 
 def _plan(
@@ -403,11 +409,11 @@ def _write_overviews(engine: Engine, path: Path, convolutions: Mapping[str, str]
     segments_in_order = {str(s): found[s] for s in sorted(found)}
     losses = {"mean_over_iterations_up_to": True, "terms": list(TERMS), "segments": segments_in_order}
     write_json(path / "losses.json", losses)
-    _plot_losses(path / "losses.png", list(segments_in_order.values()), engine.config)
-    _write_grid(engine.inputs, path / "grid.png")
+    picture(path / "losses.png", lambda: _losses(list(segments_in_order.values()), engine.config))
+    picture(path / "grid.png", lambda: _grid(engine.inputs))
 
 
-def _write_grid(inputs: Inputs, path: Path) -> None:
+def _grid(inputs: Inputs) -> bytes:
     """One row per class: the initial image of id 0, then the distilled images."""
     dataset = inputs.dataset
     classes = min(_GRID_CLASSES, len(dataset.classes))
@@ -420,25 +426,21 @@ def _write_grid(inputs: Inputs, path: Path) -> None:
         cells.append(first[label])
         cells += inputs.read([inputs.folder / image_name(label, i, inputs.extension) for i in range(ids)])
     titles = [str(c) for c in dataset.classes[:classes]]
-    grid(torch.stack(cells), ids + 1, titles=titles, path=path)
+    return grid(torch.stack(cells), ids + 1, titles=titles)
 
 
-def _plot_losses(path: Path, segments: Sequence[dict[str, Any]], config: DistillConfig) -> None:
+@plotting()
+def _losses(segments: Sequence[dict[str, Any]], config: DistillConfig) -> bytes:
     """Each loss term over the iterations: mean of all segments and the range between them."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = [t for t in TERMS if any(any(s[t]) for s in segments)]
-    figure = Figure(figsize=(3.2 * len(shown), 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    drawn = figure(3.2 * max(1, len(shown)), 2.6, layout="constrained")
     for column, term in enumerate(shown):
         used = [s for s in segments if term != "l_s" or any(s[term])]
         values = np.array([s[term] for s in used])
-        axes = figure.add_subplot(1, len(shown), column + 1)
+        axes = drawn.add_subplot(1, len(shown), column + 1)
         axes.fill_between(used[0]["iterations"], values.min(0), values.max(0), alpha=0.25, linewidth=0)
         axes.plot(used[0]["iterations"], values.mean(0))
         axes.set_title(term)
         axes.set_xlabel("iteration")
-    figure.suptitle(f"{config.method}: {len(segments)} segments, mean and range")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=90, metadata={"Software": None})
+    drawn.suptitle(f"{config.method}: {len(segments)} segments, mean and range")
+    return png(drawn, 90)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -10,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fd2fast import student, threads
-from fd2fast.artifacts import Artifact, Stage, made, open_stage, read_json, write_bytes, write_json
+from fd2fast.artifacts import Artifact, Stage, made, open_stage, read_json, write_json
 from fd2fast.config import EvaluateConfig
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.store import load_split
@@ -21,11 +18,17 @@ from fd2fast.data.views import VIEW_BOUNDS, batch_offsets
 from fd2fast.device import device_faults, pick_device, settle_precision
 from fd2fast.errors import UserError, refuse
 from fd2fast.memory import beyond_memory
+from fd2fast.models.classifier import check_classifier
 from fd2fast.models.probe import probe
+from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.pool import Task, side_by_side
 from fd2fast.progress import Progress
 from fd2fast.ranges import out_of_range
 from fd2fast.space import Space
+from fd2fast.streams import plain
+
+# Students that the picture's legend names.
+_NAMED = 12
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class _Opened:
         found = {seed: read_json(student.result_file(path, seed)) for seed in config.seeds}
         results = {str(seed): record["result"] for seed, record in found.items()}
         write_json(path / "metrics.json", results)
-        write_bytes(path / "curves.png", _curves(results, config, len(self.dataset.classes)))
+        picture(path / "curves.png", lambda: _curves(results, config, len(self.dataset.classes)))
         students = list(results.values())
         facts: dict[str, Any] = {
             "method": self.images.facts["method"],
@@ -211,27 +214,22 @@ def faults(
     if data is None:
         return found
     try:
-        seen = probe(config.model, len(data.classes), data.size)
+        seen = probe(config.model, len(data.classes), data.size, student=True)
     except UserError as error:
         return [*found, f"student {config.model}: {error}"]
     count = config.ipc or ipc
     if count is None:
         return found
     try:
-        sizes = np.diff(batch_offsets(len(data.classes) * count, batch_size if stored else config.batch_size))
+        offsets = batch_offsets(len(data.classes) * count, batch_size if stored else config.batch_size)
+        check_classifier(
+            config.model, len(data.classes), data.size, min(student.part_sizes(offsets, config.accumulation))
+        )
     except UserError as error:
         return [*found, f"evaluate: {error}"]
-    usual = int(sizes.max())
-    parts = [
-        high - low for size in np.unique(sizes) for low, high in student.parts(int(size), usual, config.accumulation)
-    ]
-    if min(parts) == 1 and seen.positions == 1:
-        found.append(
-            f"evaluate.accumulation {config.accumulation}: a part of 1 image leaves student {config.model} one value per "
-            f"channel at {data.size} x {data.size} pixels; take a smaller accumulation, larger batches or larger images"
-        )
-    needed = max(parts) * seen.kept * (2 if config.precision in ("auto", "bf16", "fp16") else 4)
-    return found + beyond_memory(f"student {config.model} on {max(parts)} images at once", needed, config.device)
+    most = max(student.part_sizes(offsets, config.accumulation))
+    needed = most * seen.kept * (2 if config.precision in ("auto", "bf16", "fp16") else 4)
+    return found + beyond_memory(f"student {config.model} on {most} images at once", needed, config.device)
 
 
 def settled(config: EvaluateConfig) -> EvaluateConfig:
@@ -241,31 +239,26 @@ def settled(config: EvaluateConfig) -> EvaluateConfig:
 
 def space(config: EvaluateConfig, data: Outline) -> Space:
     """Bytes on disk: every seed's student, and for those at work a save with AdamW's moments, twice for a while."""
-    size = probe(config.model, len(data.classes), data.size).size
+    size = probe(config.model, len(data.classes), data.size, student=True).size
     return Space(size * len(config.seeds), size * (len(config.seeds) + 2 * 3))
 
 
+@plotting()
 def _curves(results: dict[str, Any], config: EvaluateConfig, classes: int) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for seed, result in results.items():
+    drawn = figure(9, 3.5, layout="constrained")
+    left, right = drawn.subplots(1, 2)
+    for number, (seed, result) in enumerate(results.items()):
         left.plot(range(1, len(result["losses"]) + 1), result["losses"], label=f"seed {seed}", linewidth=1)
         right.plot(
             [t["epoch"] for t in result["tests"]],
             [t["top1"] for t in result["tests"]],
             marker=".",
-            label=f"seed {seed}",
+            label=f"seed {seed}" if number < _NAMED else None,
         )
     left.set(xlabel="epoch", ylabel="KL divergence" if config.labels == "soft" else "cross entropy", title="training")
     left.set_yscale("log")
     right.axhline(100 / classes, color="grey", linestyle=":", label="chance")
-    right.set(xlabel="epoch", ylabel="test accuracy (%)", title=f"student {config.model}", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None))
+    right.set_title(f"student {plain(config.model, 60)}", parse_math=False)
     right.legend(fontsize=8)
-    file = io.BytesIO()
-    # no date or version in the file: equal runs give equal bytes
-    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return file.getvalue()
+    return png(drawn, 110)

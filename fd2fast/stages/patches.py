@@ -19,6 +19,7 @@ from fd2fast.data.store import ImageSet, load_split
 from fd2fast.device import device_faults, pick_device
 from fd2fast.errors import UserError, refuse
 from fd2fast.models.teacher import Teacher, load_teacher
+from fd2fast.pictures import picture
 from fd2fast.progress import Progress
 from fd2fast.ranges import out_of_range
 from fd2fast.space import Space
@@ -68,7 +69,7 @@ def run(
             scores.append(_class_images(config, stage, train, loaded, len(scores), pool, device))
             stage.checkpoint(_STATE, {"scores": scores})
             bar.step(1, cross_entropy=scores[-1])
-    _preview(config, stage, train)
+    picture(stage.path / "preview.png", lambda: _preview(config, stage, train))
     return stage.finish(
         classes=dataset.classes,
         size=dataset.size,
@@ -190,9 +191,9 @@ def compose(crops: Tensor, count: int, factor: int) -> Tensor:
     return cells.permute(2, 3, 0, 4, 1, 5).reshape(count, 3, factor * side, factor * side)
 
 
-def _preview(config: PatchesConfig, stage: Stage, train: ImageSet) -> None:
+def _preview(config: PatchesConfig, stage: Stage, train: ImageSet) -> bytes:
     shown = torch.linspace(0, len(train.classes) - 1, min(_PREVIEW, len(train.classes))).long().tolist()
     columns = min(config.per_class, 8)
     pictures: list[Any] = [read_image(stage.path / file_name(k, j)) for k in shown for j in range(columns)]
     titles = [train.classes[k][:24] for k in shown]
-    grid(torch.stack(pictures), columns, titles=titles, path=stage.path / "preview.png")
+    return grid(torch.stack(pictures), columns, titles=titles)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import io
 import math
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fd2fast import seeding, threads
-from fd2fast.artifacts import STATE, Artifact, made, open_stage, resumable, write_bytes, write_json
+from fd2fast.artifacts import STATE, Artifact, made, open_stage, resumable, write_json
 from fd2fast.config import PretrainConfig, replace
 from fd2fast.data.augment import crop_resize, pretrain_views
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import normalise
 from fd2fast.data.store import ImageSet, load_split
-from fd2fast.device import autocast, device_faults, pick_device, repeatable, settle_precision
+from fd2fast.device import autocast, channels_last, device_faults, pick_device, repeatable, settle_precision
 from fd2fast.errors import UserError, refuse
 from fd2fast.memory import beyond_memory
 from fd2fast.models.attention_views import crop_and_drop
-from fd2fast.models.backbone import build_backbone, canonical_name, hub_name, load_weights
+from fd2fast.models.backbone import build_backbone, canonical_name, hub_name, load_weights, native_size
 from fd2fast.models.probe import check_weights, probe
 from fd2fast.models.prototypes import Prototypes
+from fd2fast.models.sight import must_see
 from fd2fast.models.teacher import FILE, Teacher
 from fd2fast.models.training import accelerate
+from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.progress import Progress
 from fd2fast.ranges import Bound, out_of_range
 from fd2fast.sources import HUB, Source, of_file
 from fd2fast.space import Space
+from fd2fast.streams import plain
 
 # (attention maps M, alpha) by data set and backbone: the paper's App. Table 3
 PAPER_SETTINGS: dict[str, dict[str, tuple[int, float]]] = {
@@ -112,11 +114,11 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
     for images, split in ((train, "training"), (test, "test")):
         if len(images.labels) == 0:
             raise UserError(f"{dataset.path} holds no {split} images")
+    settings = resolve(config, dataset.facts.get("name", ""))
     sources = _sources(config, Path(out))
     stage = open_stage(out, "teacher", config, {"dataset": dataset}, sources=sources, overwrite=overwrite)
     if stage.finished:
         return stage.finished
-    settings = resolve(config, dataset.facts.get("name", ""))
     with repeatable():
         trainer = _Trainer(settings, train, test, device)
         if {name: source.digest for name, source in _sources(config, stage.path).items()} != stage.inputs:
@@ -134,14 +136,14 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
                 trainer.train_epoch(bar)
                 stage.checkpoint(_STATE, trainer.state())
                 if trainer.tested or trainer.epoch == 1:
-                    write_bytes(stage.path / "attention.png", trainer.attention_picture())
+                    picture(stage.path / "attention.png", trainer.attention_picture)
         trained = max((trainer.epoch - first) * len(train.labels), 1)
         seconds = time.monotonic() - started
         result = trainer.keep()
         trainer.teacher.save(stage.path / FILE)
-        write_bytes(stage.path / "attention.png", trainer.attention_picture())
+        picture(stage.path / "attention.png", trainer.attention_picture)
     write_json(stage.path / "curves.json", trainer.history)
-    write_bytes(stage.path / "curves.png", _curves(trainer.history, trainer.teacher.name))
+    picture(stage.path / "curves.png", lambda: _curves(trainer.history, trainer.teacher.name))
     return stage.finish(
         classes=dataset.classes,
         size=dataset.size,
@@ -171,18 +173,15 @@ def faults(config: PretrainConfig, data: Outline | None = None, *, hub: bool = F
     found = out_of_range(config, "pretrain", _bounds(config)) + device_faults("pretrain", config.device)
     if found or data is None:
         return found
+    rows = min(config.batch_size, sum(data.train))
     try:
         seen = probe(config.model, len(data.classes), data.size)
         if config.weights and (hub or config.weights != "hub"):
             check_weights(config.model, len(data.classes), config.weights)
+        with_head = resolve(config, data.name).alpha != 0
+        check_teacher(config.model, len(data.classes), data.size, rows, with_head=with_head)
     except UserError as error:
         return [f"pretrain of {config.model}: {error}"]
-    if config.batch_size == 1 and min(seen.positions, seen.map_positions) == 1:
-        found.append(
-            f"pretrain.batch_size must be at least 2 for {config.model}, whose last map of {data.size} x {data.size} pixels "
-            "is one value, got 1"
-        )
-    rows = min(config.batch_size, sum(data.train))
     needed = rows * seen.kept * (2 if config.precision in ("auto", "bf16", "fp16") else 4)
     return found + beyond_memory(f"pretrain.batch_size {config.batch_size} with {config.model}", needed, config.device)
 
@@ -224,6 +223,18 @@ def _bounds(config: PretrainConfig) -> list[Bound]:
     ]
 
 
+@functools.lru_cache(maxsize=64)
+def check_teacher(name: str, classes: int, size: int, smallest_batch: int = 2, *, with_head: bool = True) -> None:
+    """UserError unless the teacher `name` can be built, see images of size x size and train on so few of them at once.
+
+    Takes a fraction of a second to seconds, once for equal arguments; the random streams are as before.
+    """
+    with torch.random.fork_rng(devices=[]):
+        backbone = build_backbone(name, classes, size)
+        net = Teacher(backbone, 1, alpha=0, size=size) if with_head else backbone
+        must_see(name, net, size, native=native_size(name), training=1 if smallest_batch == 1 else 0)
+
+
 def learning_rate(config: PretrainConfig, epoch: int, step: int, steps: int) -> float:
     """The rate of a step: lr * rate^(epoch / duration), or a half cosine to 0 after a linear warm-up (per step)."""
     if config.schedule == "step":
@@ -253,14 +264,14 @@ class _Trainer:
         self.alpha = config.alpha
         self.head_trained = config.alpha > 0
         seeding.seed_all(config.seed, "pretrain", "init")
-        backbone = build_backbone(config.model, len(train.classes))
+        backbone = build_backbone(config.model, len(train.classes), train.size)
         loaded = load_weights(backbone, config.weights) if config.weights else []
         # what is told about a file holds wherever it lies
         self.notices = [notice.removeprefix(f"{config.weights}: ") for notice in loaded]
         if not self.head_trained:
             self.notices.append("alpha is 0: the CAL head and the prototypes are as initialised")
         self.teacher = Teacher(backbone, config.attention_maps, alpha=config.alpha, size=train.size)
-        self.teacher.to(device).to(memory_format=torch.channels_last)
+        channels_last(self.teacher.to(device))
         accelerate(self.teacher)
         seen = torch.zeros(len(train.classes), dtype=torch.bool, device=device)
         self.prototypes = Prototypes(self.teacher.prototypes_ema, self.teacher.prototypes_last, seen, config.mu)
@@ -448,10 +459,9 @@ class _Trainer:
         return record
 
     @torch.no_grad()
+    @plotting()
     def attention_picture(self) -> bytes:
         """PNG: test images of different classes, and over them their mean attention."""
-        from matplotlib.figure import Figure
-
         labels = torch.from_numpy(self.test.labels)
         firsts = [int((labels == k).nonzero()[0]) for k in labels.unique().tolist()]
         chosen = torch.tensor(firsts)[torch.linspace(0, len(firsts) - 1, min(_PICTURES, len(firsts))).long()]
@@ -463,19 +473,18 @@ class _Trainer:
             F.interpolate(attention.float(), size=x.shape[2:], mode="bilinear", align_corners=False)[:, 0].cpu().numpy()
         )
         pixels = self.test.unit(chosen).permute(0, 2, 3, 1).numpy()
-        figure = Figure(figsize=(1.5 * len(chosen), 3.4), dpi=100)
+        drawn = figure(1.5 * len(chosen), 3.4)
         for column, index in enumerate(chosen.tolist()):
-            top = figure.add_subplot(2, len(chosen), column + 1)
+            top = drawn.add_subplot(2, len(chosen), column + 1)
             top.imshow(pixels[column])
-            name = self.test.classes[int(labels[index])]
-            top.set_title(name if len(name) <= 16 else name[:15] + "…", fontsize=8, parse_math=False)
-            low = figure.add_subplot(2, len(chosen), len(chosen) + column + 1)
+            top.set_title(plain(self.test.classes[int(labels[index])], 16), fontsize=8, parse_math=False)
+            low = drawn.add_subplot(2, len(chosen), len(chosen) + column + 1)
             low.imshow(pixels[column])
             low.imshow(large[column], cmap="jet", alpha=0.5)
             for axes in (top, low):
                 axes.set_axis_off()
-        figure.subplots_adjust(left=0.01, right=0.99, top=0.9, bottom=0.01, wspace=0.05, hspace=0.05)
-        return _png(figure)
+        drawn.subplots_adjust(left=0.01, right=0.99, top=0.9, bottom=0.01, wspace=0.05, hspace=0.05)
+        return png(drawn, 100)
 
 
 def _optimizer(config: PretrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -512,11 +521,10 @@ def _weights_facts(config: PretrainConfig, inputs: Mapping[str, str], teacher: T
     return {"weights": HUB, "weights_sha256": sha.hexdigest()}
 
 
+@plotting()
 def _curves(history: list[dict[str, float | int]], name: str) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), dpi=100)
-    losses, accuracies = figure.subplots(1, 2)
+    drawn = figure(9, 3.4)
+    losses, accuracies = drawn.subplots(1, 2)
     for loss in LOSSES:
         if rows := [r for r in history if loss in r]:
             losses.plot([r["epoch"] for r in rows], [r[loss] for r in rows], label=loss)
@@ -529,17 +537,9 @@ def _curves(history: list[dict[str, float | int]], name: str) -> bytes:
         accuracies.plot(
             [r["epoch"] for r in rows], [r[key] for r in rows], label=label, marker="." if len(rows) < 30 else ""
         )
-    for axes, title in ((losses, f"{name}: losses"), (accuracies, "accuracy, %")):
+    for axes, title in ((losses, f"{plain(name, 60)}: losses"), (accuracies, "accuracy, %")):
         axes.set_title(title, fontsize=9, parse_math=False)
         axes.set_xlabel("epoch")
         axes.legend(fontsize=7)
-    figure.tight_layout()
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # class names in scripts the font lacks
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    drawn.tight_layout()
+    return png(drawn, 100)

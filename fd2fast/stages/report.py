@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,12 @@ from fd2fast.data.distilled import image_files, images_per_class
 from fd2fast.data.pixels import read_image
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
+from fd2fast.pictures import figure, picture, plotting, png
+from fd2fast.streams import plain
 
-_GRID_CLASSES, _GRID_IDS = 20, 3
+_GRID_CLASSES, _GRID_IDS, _GRID_SETS = 20, 3, 24
+# Rows of the table that the picture of accuracies shows.
+_BARS = 200
 # Side of one image in the grid, output pixels: small images are repeated up to it, larger ones reduced to it.
 _CELL = 112
 _GAP, _SET_GAP = 3, 14
@@ -33,8 +36,9 @@ def run(
     images: Sequence[Artifact],
     metrics: Sequence[Artifact],
 ) -> str:
-    """Write report.md, table.json, grid.png and accuracy.png into the plain folder `out` (made anew every time).
+    """Write table.json, report.md, grid.png and accuracy.png into the plain folder `out` (made anew every time).
 
+    A picture that cannot be drawn is left out, with a warning and a line in report.md.
     Returns the Markdown table, one row for each of `metrics`, in their order. images: at least those that `metrics` tested;
     each distinct one is a group of columns of the grid.
 
@@ -45,10 +49,16 @@ def run(
     rows = [_row(m, images) for m in metrics]
     table = _table(rows)
     about = _about(dataset, teachers)
-    write_bytes(out / "grid.png", _grid(dataset, images))
-    write_bytes(out / "accuracy.png", _bars(rows, about["chance"]))
     write_json(out / "table.json", {**about, "rows": rows})
-    write_bytes(out / "report.md", _document(about, rows, table, images).encode())
+
+    def write_document(left_out: Sequence[str] = ()) -> None:
+        text = _document(about, rows, table, images, left_out)
+        write_bytes(out / "report.md", text.encode("utf-8", "backslashreplace"))
+
+    write_document()
+    pictures = {"grid.png": lambda: _grid(dataset, images), "accuracy.png": lambda: _bars(rows, about["chance"])}
+    if left_out := [name for name, draw in pictures.items() if not picture(out / name, draw)]:
+        write_document(left_out)
     return table
 
 
@@ -148,7 +158,7 @@ def _seconds(value: float | None) -> str:
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
     """A Markdown table, padded so that it reads well as plain text; the first `left` columns are text, the others figures."""
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in (header, *lines)]
+    cells = [[plain(cell).replace("|", "\\|") for cell in line] for line in (header, *lines)]
     widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(header))]
 
     def joined(line: Sequence[str]) -> str:
@@ -202,7 +212,16 @@ def _condition(row: dict[str, Any], key: str) -> str:
     return " ".join(str(seed) for seed in row["seeds"]) if key == "seeds" else str(row[key])
 
 
-def _document(about: dict[str, Any], rows: Sequence[dict[str, Any]], table: str, images: Sequence[Artifact]) -> str:
+def _document(
+    about: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    table: str,
+    images: Sequence[Artifact],
+    left_out: Sequence[str] = (),
+) -> str:
+    def shown(title: str, name: str) -> str:
+        return f"({name} could not be drawn)" if name in left_out else f"![{title}]({name})"
+
     data = about["dataset"]
     counts = data["train_per_class"]
     each = f", {min(counts)} to {max(counts)} of each class" if counts and min(counts) != max(counts) else ""
@@ -236,7 +255,7 @@ def _document(about: dict[str, Any], rows: Sequence[dict[str, Any]], table: str,
         ],
         left=3,
     )
-    return f"""# Dataset distillation on {data["name"]}
+    return f"""# Dataset distillation on {plain(data["name"])}
 
 {data["classes"]} classes, {data["size"]} x {data["size"]} pixels. {data["train"]} training images{each}; \
 {data["test"]} test images. Chance is {about["chance"]:.2f} %.{skipped}
@@ -245,7 +264,7 @@ def _document(about: dict[str, Any], rows: Sequence[dict[str, Any]], table: str,
 
 {table}
 
-![Accuracy of the students](accuracy.png)
+{shown("Accuracy of the students", "accuracy.png")}
 
 {_how_to_read(rows, data["test"])}
 
@@ -259,7 +278,7 @@ Accuracy on the same test images.
 
 {made}
 
-![A real training image of each class, then the images of each method](grid.png)
+{shown("A real training image of each class, then the images of each method", "grid.png")}
 
 {_grid_rows(data["classes"])}: one real training image, then the first ids of each set.
 """
@@ -301,13 +320,6 @@ def _distinct(images: Sequence[Artifact]) -> list[Artifact]:
     return list({artifact.id: artifact for artifact in images}.values())
 
 
-def _save(figure: Any) -> bytes:
-    file = io.BytesIO()
-    # no version in the file: equal runs give equal bytes
-    figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
-    return file.getvalue()
-
-
 def _cell(pixels: np.ndarray) -> np.ndarray:
     """uint8 [3,S,S] as [side,side,3]: whole repeats of small images, so that each pixel stays a crisp square."""
     image = np.ascontiguousarray(pixels.transpose(1, 2, 0))
@@ -324,7 +336,7 @@ def _columns(dataset: Artifact, images: Sequence[Artifact], classes: int) -> lis
     train.require(1, "the report")
     first = train.pixels([int(train.of_class(k)[0]) for k in range(classes)]).numpy()
     groups = [("real", [[_cell(pixels) for pixels in first]])]
-    for artifact in _distinct(images):
+    for artifact in _distinct(images)[:_GRID_SETS]:
         files = image_files(artifact)
         columns = [
             [
@@ -333,34 +345,32 @@ def _columns(dataset: Artifact, images: Sequence[Artifact], classes: int) -> lis
             ]
             for image_id in range(min(_GRID_IDS, images_per_class(artifact)))
         ]
-        groups.append((set_name(artifact).replace(" ", "\n"), columns))
+        groups.append((plain(set_name(artifact), 60).replace(" ", "\n"), columns))
     return groups
 
 
+@plotting()
 def _grid(dataset: Artifact, images: Sequence[Artifact]) -> bytes:
     """One row per class; the real image, then each set's first ids, under their titles."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     classes = min(_GRID_CLASSES, len(dataset.classes))
-    names = [name if len(name) <= 28 else f"{name[:27]}…" for name in dataset.classes[:classes]]
+    names = [plain(name, 28) for name in dataset.classes[:classes]]
     groups = _columns(dataset, images, classes)
     side = len(groups[0][1][0][0])
     left, above = 18 + 9 * max(len(name) for name in names), 62
     width = left + sum(len(columns) * (side + _GAP) + _SET_GAP for _, columns in groups)
     height = above + classes * (side + _GAP) + _GAP
     sheet = np.full((height, width, 3), 255, np.uint8)
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-    FigureCanvasAgg(figure)
+    drawn = figure(width / _DPI, height / _DPI, dpi=_DPI)
     x = left
     for title, columns in groups:
         middle = x + (len(columns) * (side + _GAP) - _GAP) / 2
         size = 13 if len(columns) > 1 else 10  # as wide as its column
-        figure.text(middle / width, 1 - 22 / height, title, ha="center", va="center", size=size, weight="bold")
+        at = (middle / width, 1 - 22 / height)
+        drawn.text(*at, title, ha="center", va="center", size=size, weight="bold", parse_math=False)
         for image_id, column in enumerate(columns):
             if title != "real":
                 at = ((x + side / 2) / width, 1 - 52 / height)
-                figure.text(*at, f"id {image_id}", ha="center", va="center", size=10, color="dimgrey")
+                drawn.text(*at, f"id {image_id}", ha="center", va="center", size=10, color="dimgrey")
             for row, cell in enumerate(column):
                 y = above + row * (side + _GAP)
                 sheet[y : y + side, x : x + side] = cell
@@ -368,25 +378,24 @@ def _grid(dataset: Artifact, images: Sequence[Artifact]) -> bytes:
         x += _SET_GAP
     for row, name in enumerate(names):
         centre = above + row * (side + _GAP) + side / 2
-        figure.text((left - 8) / width, 1 - centre / height, name, ha="right", va="center", size=11, parse_math=False)
-    figure.figimage(sheet, origin="upper", zorder=-1)  # pixel for pixel, no resampling
-    return _save(figure)
+        drawn.text((left - 8) / width, 1 - centre / height, name, ha="right", va="center", size=11, parse_math=False)
+    drawn.figimage(sheet, origin="upper", zorder=-1)  # pixel for pixel, no resampling
+    return png(drawn, _DPI)
 
 
+@plotting()
 def _bars(rows: Sequence[dict[str, Any]], chance: float) -> bytes:
-    """Accuracy of the last epoch, a panel for each IPC and student, a bar for each row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Accuracy of the last epoch, a panel for each IPC and student, a bar for each row; of the first 200 rows."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    rows = rows[:_BARS]
     panels: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault((row["ipc"], row["student"]), []).append(row)
     heights = [len(panel) + 1.2 for panel in panels.values()]
-    figure = Figure(figsize=(8, 0.9 + 0.36 * sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    drawn = figure(8, 0.9 + 0.36 * sum(heights), layout="constrained")
+    axes = drawn.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     end = max(row["last_mean"] + (row["last_std"] or 0) for row in rows)
     for ax, ((ipc, student), panel) in zip(axes, panels.items(), strict=True):
         for y, row in enumerate(panel):
@@ -401,14 +410,15 @@ def _bars(rows: Sequence[dict[str, Any]], chance: float) -> bytes:
                 size=9,
             )
         ax.axvline(chance, color="black", linestyle=":", linewidth=1)
-        ax.set_yticks(range(len(panel)), [row["method"] for row in panel])
+        ax.set_yticks(range(len(panel)), [plain(row["method"], 60) for row in panel], parse_math=False)
         ax.set_ylim(len(panel) - 0.4, -0.6)
-        ax.set_title(f"{ipc} image{'s' if ipc > 1 else ''} per class, student {student}", size=10, loc="left")
+        title = f"{ipc} image{'s' if ipc > 1 else ''} per class, student {plain(student, 60)}"
+        ax.set_title(title, size=10, loc="left", parse_math=False)
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlim(0, max(end, chance) * 1.22)
     axes[-1].set_xlabel("test accuracy after the last epoch (%)")
     used = [label for label in _COLOURS if any(row["labels"] == label for row in rows)]
     handles: list[Any] = [Patch(color=_COLOURS[label], label=f"{label} labels") for label in used]
     handles.append(Line2D([], [], color="black", linestyle=":", label="chance"))
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9)
-    return _save(figure)
+    drawn.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9)
+    return png(drawn, _DPI)

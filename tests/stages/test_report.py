@@ -261,3 +261,31 @@ def test_what_does_not_belong_together_is_refused(run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="classes"):
         report.run(tmp_path / "r", **{**run.given, "dataset": other})
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("broken", ["_grid", "_bars"])
+def test_a_picture_that_fails_leaves_the_table(run, tmp_path: Path, monkeypatch, caplog, broken) -> None:
+    def fail(*_: object) -> bytes:
+        raise RuntimeError("In FT2Font: Can not load face")
+
+    name, other = {"_grid": ("grid.png", "accuracy.png"), "_bars": ("accuracy.png", "grid.png")}[broken]
+    monkeypatch.setattr(report, broken, fail)
+    assert report.run(tmp_path, **run.given) == run.table
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([other, "report.md", "table.json"])
+    text = (tmp_path / "report.md").read_text()
+    assert f"({name} could not be drawn)" in text
+    assert f"]({other})" in text
+    assert f"{name} is left out" in caplog.text
+    assert (tmp_path / "table.json").read_bytes() == (run.out / "table.json").read_bytes()
+
+
+def test_class_names_that_are_no_text_are_drawn(run, tmp_path: Path) -> None:
+    names = [b"mes\xe2nge".decode("utf-8", "surrogateescape"), "\x1b[2J\n", "$\\alpha_{", "กา 🐦", "عصفور"]
+    dataset = make_dataset(tmp_path / "dataset", len(names), SIZE, per_class=1)
+    dataset.manifest["classes"][:] = names
+    images = make_images(tmp_path / "images", dataset, "random", 1)
+    metrics = make_metrics(tmp_path / "metrics", dataset, images, [50.0], ipc=1)
+    metrics.manifest["facts"]["student"] = names[0]
+    table = report.run(tmp_path / "r", dataset=dataset, teachers=[], images=[images], metrics=[metrics])
+    assert r"mes\xe2nge" in table
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["accuracy.png", "grid.png", "report.md", "table.json"]
