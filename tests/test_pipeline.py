@@ -87,7 +87,8 @@ def test_a_run_notices_changed_images_before_it_goes_on(tmp_path, monkeypatch, c
 
     def run(root, *options):
         code = cli.main(
-            ["run", "--data.dataset", "folder", "--data.root", root, "--data.size", "8", "--out", "out", *options]
+            ["run", "--data.dataset", "folder", "--data.root", root, "--data.size", "8", "--out", "out"]
+            + ["--methods", "random", "--ipc", "1", *options]
         )
         return code, capsys.readouterr()
 

@@ -93,8 +93,11 @@ def test_a_good_run_has_no_faults_and_leaves_nothing(tmp_path):
         ({"distill__iterations": (3,), "methods": ("fadrm",)}, ["iterations must be at least 4"]),
         ({"evaluate__epochs": 301}, ["evaluate.epochs must be at most the 300 epochs of the labels, got 301"]),
         ({"data__size": 16, "relabel__batch_size": 2}, ["relabel.teacher_mode batch"]),
-        ({"data__size": 16, "pretrain__batch_size": 1}, ["pretrain.batch_size must be at least 2"]),
-        ({"data__size": 16, "evaluate__accumulation": 8}, ["evaluate.accumulation 8"]),
+        (
+            {"data__size": 16, "pretrain__batch_size": 1},
+            ["pretrain of timm:resnet10t", "from a batch of 1 image at 16 px"],
+        ),
+        ({"data__size": 16, "evaluate__accumulation": 8}, ["evaluate: timm:resnet10t", "a lower accumulation"]),
         ({"pretrain__weights": "/nowhere/w.pth", "students": ("ResNet19",)}, ["/nowhere/w.pth", "ResNet19"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -148,7 +151,8 @@ def test_weights_are_tried_with_every_teacher(tmp_path):
     torch.save(build_backbone(TINY, 7).net.state_dict(), tmp_path / "w.pth")
     config = changed(out=tmp_path / "out", pretrain__weights=str(tmp_path / "w.pth"), teachers=(TINY, OTHER))
     (fault,) = check(dataclasses.replace(config, methods=("fadrm+",))).faults
-    assert fault.startswith(f"pretrain of {OTHER}: {tmp_path / 'w.pth'}")
+    assert fault.startswith(f"pretrain of {OTHER}: ")
+    assert str(tmp_path / "w.pth") in fault
 
 
 def test_weights_by_name_are_fetched_first_but_not_for_a_plan(tmp_path, monkeypatch):

@@ -445,7 +445,7 @@ def test_class_names_cannot_lead_out_of_the_output_folder(tmp_path: Path, tree: 
     assert result.classes == names
     new = {p for p in tmp_path.rglob("*")} - before
     assert all((tmp_path / "inside" / "out") in (p, *p.parents) for p in new)
-    assert sorted(p.name for p in new) == sorted(["out", "manifest.json", *contents(result.path)])
+    assert sorted(p.name for p in new) == sorted(["out", "manifest.json", "stamps.json", *contents(result.path)])
     assert load(result.path, "dataset").classes == names
 
 
