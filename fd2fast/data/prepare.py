@@ -166,7 +166,9 @@ class _Rows:
             _, self.images[split], self.status[split] = found
             return
         with atomic_path(pixels) as fresh, atomic_path(status) as marks:
-            images, done = new_array(fresh, shape), new_array(marks, shape[:1])
+            with writing(pixels):
+                images = new_array(fresh, shape)
+            done = new_array(marks, shape[:1])
             if found is not None:
                 places = {tuple(key): n for n, key in enumerate(found[0])}
                 for row, key in enumerate(keys):

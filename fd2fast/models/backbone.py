@@ -328,10 +328,10 @@ def load_state(
     chosen, notices = choose(candidates, origin=origin)
     state = chosen.tensors
     if chosen.head:
-        given = tuple(state[head[0]].shape) if head[0] in state else "not there"
+        given = tuple(state[head[0]].shape) if head[0] in state else "missing"
         wanted = tuple(own[head[0]].shape)
         notices.append(
-            f"head {backbone.head} of the weights is {given}, this model needs {wanted}: it starts untrained"
+            f"head {backbone.head} is {given} in the weights, this model needs {wanted}: it starts untrained"
         )
         state = {key: value for key, value in state.items() if key not in head}
     check_values(state, origin=origin)
