@@ -14,6 +14,7 @@ import resource
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from fd2fast import causes
+from fd2fast import causes, lock
 from fd2fast.errors import UserError
 from fd2fast.sources import Source, compare, file_digest, known_digest, recorded_place
 
@@ -30,10 +31,11 @@ MANIFEST = "manifest.json"
 STATE = "state"
 # Beside the manifest, not part of the result: when its source files were last changed, so that they need not be read again.
 STAMPS = "stamps.json"
-_OURS = ".fd2fast-"
-_TEMPORARY = f"{_OURS}tmp-"
 # how a damaged file of an unfinished stage is repaired
 AGAIN = "remove it, and the same command does that part again"
+BEGUN = "begun.json"
+# There while an --overwrite removes a result: what is left of it then is none.
+_CLEARING = f"{lock.OURS}clearing"
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises UserError with the cause when the system refuses: a full disk (with the space left), a quota, a lost share ...
     """
     path = Path(path)
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    lock.refuse_lost(path)
+    temporary = path.with_name(f"{lock.TEMPORARY}{lock.process_name()}-{path.name}")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -326,6 +329,8 @@ def load(path: Path | str, kind: str | None = None) -> Artifact:
         raise UserError(f"{path} does not exist; wanted the folder of a {kind or 'stage'} artifact")
     if not file.is_file():
         state = "an unfinished one: run its command again" if (path / STATE).exists() else "it has no manifest.json"
+        if maker := lock.in_use_by(path):
+            state = f"it is being made by {maker}"
         raise UserError(f"{path} is not a finished {kind or 'stage'} artifact ({state})")
     manifest = read_json(file, "a manifest", f"make the {kind or 'artifact'} again")
     try:
@@ -372,7 +377,7 @@ def made(path: Path | str) -> bool:
 
 def started(path: Path | str) -> bool:
     """Whether an artifact, finished or not, was begun at `path`."""
-    return made(path) or (Path(path) / STATE / "begun.json").is_file()
+    return _known(Path(path)) is not None
 
 
 def obstacle(path: Path | str, kind: str, config: Any) -> str | None:
@@ -385,10 +390,16 @@ def obstacle(path: Path | str, kind: str, config: Any) -> str | None:
         return None
     if not path.is_dir():
         return f"{path} is a file; wanted a folder to write the {kind} to"
-    known = next((file for file in (path / MANIFEST, path / STATE / "begun.json") if file.is_file()), None)
+    if maker := lock.in_use_by(path):
+        return f"{path} is in use by {maker}"
+    known = _known(path)
+    if (path / _CLEARING).exists():
+        return None  # an interrupted --overwrite, which is completed
     try:
         if known is None:
-            foreign = any(one.name not in (STATE, STAMPS) and not one.name.startswith(_OURS) for one in path.iterdir())
+            foreign = any(
+                one.name not in (STATE, STAMPS) and not one.name.startswith(lock.OURS) for one in path.iterdir()
+            )
             return f"{path} holds other files; wanted an empty or new folder for the {kind}" if foreign else None
         found = json.loads(known.read_text())
         recorded = {"kind": found["kind"], "config": found["config"]}
@@ -423,7 +434,11 @@ class Stage:
         parents: dict[str, dict[str, str]],
         inputs: dict[str, str] | None = None,
         places: dict[str, str] | None = None,
+        *,
+        hold: lock.Hold | None = None,
+        parent_folders: Mapping[str, Path] | None = None,
     ):
+        """hold: the claim on `path`, released with this object."""
         self.path = path
         self.kind = kind
         self.state = path / STATE
@@ -432,6 +447,11 @@ class Stage:
         self._parents = parents
         self.inputs = inputs or {}
         self._places = places or {}
+        self._parent_folders = dict(parent_folders or {})
+        self._hold = hold
+        self._begun_as = _sign(self.state / BEGUN)
+        if hold is not None:
+            weakref.finalize(self, hold.release)
         self._started = time.monotonic()
         self._before = 0.0
 
@@ -445,11 +465,20 @@ class Stage:
         facts: Mapping[str, Any] | None = None,
         measured: Mapping[str, Any] | None = None,
     ) -> Artifact:
-        """Hash every file, write the manifest, drop the resume state."""
+        """Hash every file, write the manifest, drop the resume state and the claim on the folder.
+
+        Raises UserError where another process has taken the folder over, and where a parent was made anew meanwhile.
+        """
+        self._still_owned()
+        for name, folder in self._parent_folders.items():
+            _not_made_anew(name, folder, self._parents[name]["id"])
         files = {
             p.relative_to(self.path).as_posix(): file_digest(p)
             for p in sorted(self.path.rglob("*"))
-            if p.is_file() and self.state not in p.parents and p.name not in (MANIFEST, STAMPS)
+            if p.is_file()
+            and self.state not in p.parents
+            and p.name not in (MANIFEST, STAMPS)
+            and not p.name.startswith(lock.OURS)
         }
         identity = {
             "schema": SCHEMA,
@@ -478,12 +507,25 @@ class Stage:
                 **dict(measured or {}),
             },
         }
+        self._still_owned()
         write_json(self.path / MANIFEST, manifest)
         shutil.rmtree(self.state, ignore_errors=True)
+        self.release()
         return Artifact(self.path, json.loads(json.dumps(manifest, default=_plain)))
+
+    def release(self) -> None:
+        """Give up the claim on the folder; what was written stays."""
+        if self._hold is not None:
+            self._hold.release()
+
+    def _still_owned(self) -> None:
+        # a lock that was gone vouches for nothing: then the mark of the beginning must be the same file
+        if self._hold is not None and not self._hold.check() and _sign(self.state / BEGUN) != self._begun_as:
+            raise UserError(f"{self.path} was removed or made by another process while this one wrote to it")
 
     def checkpoint(self, name: str, value: Any) -> None:
         """Save resume state (tensors and plain values) and the seconds spent so far."""
+        self._still_owned()
         write_torch(self.state / name, value)
         write_json(self.state / "seconds.json", self._before + time.monotonic() - self._started)
 
@@ -507,33 +549,52 @@ def open_stage(
     sources: what the stage reads beside its parents, by the config's field that names its place.
     A folder that holds another result (other settings, other parents or sources, other kind) or foreign files is refused with the
     difference, unless `overwrite` (which removes an fd2fast artifact, never foreign files). So are parents with changed files
-    and, with `overwrite` too, sources that cannot be read.
+    and, with `overwrite` too, sources that cannot be read. The folder belongs to this process until the stage is finished or
+    released or its object ends; UserError while another process has it.
     """
     path = Path(path)
     for parent in parents.values():
         parent.unchanged()
     wanted = _Wanted(kind, config, parents, sources or {})
-    begun, manifest = path / STATE / "begun.json", path / MANIFEST
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; wanted a folder to write the {kind} to")
-    known = manifest if manifest.is_file() else begun if begun.is_file() else None
-    if known is None or overwrite:
+    _foreign(path, kind)
+    if _known(path) is None or overwrite:
         wanted.must_be_there()
-    if known is not None and overwrite:
+    if not overwrite and (path / MANIFEST).is_file() and not (path / _CLEARING).exists():
+        try:
+            return _found_finished(path, wanted)  # without a lock: who only reads needs none
+        except (FileNotFoundError, UserError):
+            if (path / MANIFEST).is_file():
+                raise  # else it was cleared in this moment, and its owner is named below
+    hold = lock.take(path)
+    try:
+        return _begin(path, wanted, {name: parent.path for name, parent in parents.items()}, hold, overwrite)
+    except BaseException:
+        hold.release()
+        raise
+
+
+def _begin(path: Path, wanted: _Wanted, parent_folders: dict[str, Path], hold: lock.Hold, overwrite: bool) -> Stage:
+    """The stage in a folder that this process owns."""
+    begun, manifest = path / STATE / BEGUN, path / MANIFEST
+    cleared = hold.fresh and (path / _CLEARING).exists()
+    if (overwrite or cleared) and _known(path) is not None:
+        wanted.must_be_there()
+        lock.refuse_below_running(path)
         with writing(path):
-            shutil.rmtree(path)
-        known = None
-    if known is None and path.is_dir() and any(p.name not in (STATE, STAMPS) for p in path.iterdir()):
-        raise UserError(f"{path} holds other files; wanted an empty or new folder for the {kind}")
-    stage = Stage(path, kind, wanted.settings, wanted.parents, wanted.inputs, wanted.places)
-    if known is not None:
-        wanted.must_be_of(known, path)
-        if known == manifest:
-            stage.finished = load(path, kind)
-            return stage
-    for stale in path.rglob(f"{_TEMPORARY}*"):
-        _remove(stale)
+            _clear(path)
+    _foreign(path, wanted.kind)
+    if hold.fresh:  # nobody else writes here
+        for stale in path.rglob(f"{lock.TEMPORARY}*"):
+            _remove(stale)
+    if manifest.is_file():
+        hold.release()
+        return _found_finished(path, wanted)
+    if begun.is_file():
+        wanted.must_be_of(begun, path)
     wanted.write(begun)
+    stage = wanted.stage(path, hold, parent_folders)
     with contextlib.suppress(OSError, ValueError):
         stage._before = float(json.loads((stage.state / "seconds.json").read_text()))
     return stage
@@ -548,6 +609,21 @@ class _Wanted:
         self.parents = {name: {"kind": parent.kind, "id": parent.id} for name, parent in parents.items()}
         self.inputs = {name: source.digest for name, source in sources.items() if source.digest is not None}
         self.places = {name: recorded_place(source.place) for name, source in sources.items()}
+
+    def stage(
+        self, path: Path, hold: lock.Hold | None = None, parent_folders: Mapping[str, Path] | None = None
+    ) -> Stage:
+        """The writing side of this result in the folder `path`."""
+        return Stage(
+            path,
+            self.kind,
+            self.settings,
+            self.parents,
+            self.inputs,
+            self.places,
+            hold=hold,
+            parent_folders=parent_folders,
+        )
 
     def must_be_there(self) -> None:
         """UserError for a source that cannot be read."""
@@ -603,6 +679,69 @@ def _say_once(text: str) -> None:
     """A warning, once for all processes of a torchrun job."""
     if os.environ.get("RANK", "0") == "0":
         log.warning(text)
+
+
+def _known(path: Path) -> Path | None:
+    """The file that shows the folder to be fd2fast's."""
+    for file in (path / MANIFEST, path / STATE / BEGUN, path / _CLEARING):
+        if file.is_file():
+            return file
+    return None
+
+
+def _foreign(path: Path, kind: str) -> None:
+    if path.is_dir() and _known(path) is None:
+        if any(p.name not in (STATE, STAMPS) and not p.name.startswith(lock.OURS) for p in path.iterdir()):
+            raise UserError(f"{path} holds other files; wanted an empty or new folder for the {kind}")
+
+
+def _found_finished(path: Path, wanted: _Wanted) -> Stage:
+    """The stage of a finished artifact; what a process left that ended just after it wrote the manifest is removed."""
+    wanted.must_be_of(path / MANIFEST, path)
+    stage = wanted.stage(path)
+    stage.finished = load(path, wanted.kind)
+    if stage.state.exists() or (path / lock.LOCK).exists():
+        with contextlib.suppress(UserError), lock.own(path) as hold:
+            if hold.fresh:
+                shutil.rmtree(stage.state, ignore_errors=True)
+    return stage
+
+
+def _clear(path: Path) -> None:
+    """Remove a result but not the lock; killed meanwhile, the next owner goes on with it."""
+    write_bytes(path / _CLEARING, b"")
+    for entry in sorted(path.iterdir(), key=lambda p: p.name != MANIFEST):
+        if entry.name in (lock.LOCK, _CLEARING):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+    _remove(path / _CLEARING)
+
+
+def _sign(file: Path) -> tuple[int, int] | None:
+    """What tells a file from another one put in its place."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _not_made_anew(name: str, folder: Path, wanted: str) -> None:
+    """UserError where a parent that lies where it lay is not the one that was read; one that is gone says nothing."""
+    if not folder.is_dir():
+        return
+    try:
+        found = json.loads((folder / MANIFEST).read_text())["id"]
+    except FileNotFoundError:
+        found = ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if found != wanted:
+        how = f"made anew ({wanted[:12]}, now {found[:12]})" if found else "begun anew"
+        raise UserError(f"{name} {folder} was {how} while this stage read it: run this command again, with --overwrite")
 
 
 def _first_difference(found: Any, wanted: Any, where: str = "") -> str:

@@ -22,6 +22,7 @@ from fd2fast.config import (
 from fd2fast.data import prepare as prepare_stage
 from fd2fast.data.outline import Outline, outline_of, outline_on_disk
 from fd2fast.errors import UserError, refuse
+from fd2fast.lock import own
 from fd2fast.methods import check_name, patch_factor, takes_committee
 from fd2fast.models.backbone import canonical_name
 from fd2fast.ranges import out_of_range, repeated
@@ -389,11 +390,16 @@ def run(config: RunConfig, *, overwrite: bool = False, dry: bool = False) -> Pat
         return plan.faults
 
     refuse(current().told(look))
-    return Path(config.out) / "report" if dry else _run(config, entries, overwrite)
+    if dry:
+        return Path(config.out) / "report"
+    with own(config.out):
+        if artifacts.started(config.out):
+            raise UserError(f"{config.out} holds the result of one stage; wanted the folder of a run, or a new one")
+        return _run(config, entries, overwrite)
 
 
 def _run(config: RunConfig, entries: Sequence[Entry], overwrite: bool) -> Path:
-    """`run` after its checks."""
+    """`run` after its checks, in a folder that this job owns."""
     out = Path(config.out)
     workers = current()
 

@@ -25,7 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "workers": set(),
     "writer": set(),
     "sources": BASE,
-    "artifacts": BASE | {"causes", "sources"},
+    "lock": {"causes", "errors"},
+    "artifacts": BASE | {"causes", "lock", "sources"},
     "pictures": {"artifacts", "streams"},
     "device": BASE | {"isa"},
     "_planner": set(),
@@ -36,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "reference": {"config", "errors", "planner", "seeding"},
     "kernels": set(),
     "ops": BASE | {"reference", "kernels", "_crop", "_adam"},
-    "data": BASE | {"artifacts", "ops", "pictures", "progress", "ranges", "seeding", "sources", "space", "streams"},
+    "data": BASE
+    | {"artifacts", "lock", "ops", "pictures", "progress", "ranges", "seeding", "sources", "space", "streams"},
     "models": BASE | {"_frozen", "artifacts", "causes", "device", "ops", "seeding"},
     "threads": set(),
     "isa": {"_frozen", "errors"},
@@ -59,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
         "device",
         "engine",
         "inputs",
+        "lock",
         "memory",
         "methods",
         "models",
@@ -78,7 +81,8 @@ ALLOWED: dict[str, set[str]] = {
         "workers",
     },
     "info": BASE | {"device", "isa", "ops", "threads"},
-    "pipeline": BASE | {"artifacts", "data", "methods", "models", "ranges", "space", "stages", "streams", "workers"},
+    "pipeline": BASE
+    | {"artifacts", "data", "lock", "methods", "models", "ranges", "space", "stages", "streams", "workers"},
     "failure": {"causes", "errors"},
     "stopping": set(),
     "cli": BASE

@@ -104,6 +104,17 @@ def test_a_run_notices_changed_images_before_it_goes_on(tmp_path, monkeypatch, c
     assert artifacts.load(tmp_path / "out" / "dataset").id != made.id
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "state/begun.json"])
+def test_a_run_does_not_begin_in_the_folder_of_a_stage(tmp_path, capsys, name):
+    mark = tmp_path / "out" / name
+    mark.parent.mkdir(parents=True)
+    mark.write_text("{}")
+    (tmp_path / "tiny.toml").write_text(TINY)
+    assert cli.main(["run", "--config", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out")]) == 2
+    assert "holds the result of one stage" in capsys.readouterr().err
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [mark]
+
+
 def test_a_quick_run_is_complete_beside_the_full_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = TINY.replace(

@@ -23,6 +23,7 @@ from fd2fast.data.outline import Outline
 from fd2fast.data.pixels import CONVERSIONS, ORIENTED, decode, grid, resized
 from fd2fast.data.walk import LeftOut
 from fd2fast.errors import UserError, nearest, refuse
+from fd2fast.lock import released_at_end
 from fd2fast.pictures import picture
 from fd2fast.progress import Progress
 from fd2fast.ranges import Bound, out_of_range
@@ -38,6 +39,7 @@ _LARGEST = 2**15 - 1  # pixels: crops are kept as 16-bit numbers
 log = logging.getLogger("fd2fast")
 
 
+@released_at_end()
 def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> Artifact:
     """Make the "dataset" artifact of `config` in the folder `out`.
 
@@ -129,6 +131,7 @@ def _forgotten_on_user_error(stage: Stage) -> Iterator[None]:
         yield
     except UserError:
         (stage.state / "begun.json").unlink(missing_ok=True)
+        stage.release()
         for folder in (stage.state, stage.path):
             with contextlib.suppress(OSError):
                 folder.rmdir()

@@ -23,6 +23,7 @@ from fd2fast.device import device_faults, pick_device, repeatable, settle_precis
 from fd2fast.engine import Engine
 from fd2fast.errors import UserError, refuse
 from fd2fast.inputs import Draws, Inputs, image_name
+from fd2fast.lock import released_at_end
 from fd2fast.memory import StepMemory, beyond_memory, free_bytes, measure, too_small
 from fd2fast.methods import BASELINES, check_teachers, resolve
 from fd2fast.methods import faults as check_settings
@@ -45,6 +46,7 @@ _FAST_ROWS = {"cpu": 64, "cuda": 512}
 _GRID_CLASSES, _GRID_IDS = 20, 10
 
 
+@released_at_end()
 def run(
     config: DistillConfig,
     out: Path | str,

@@ -17,6 +17,7 @@ from fd2fast.data.store import load_split
 from fd2fast.data.views import VIEW_BOUNDS, batch_offsets
 from fd2fast.device import device_faults, pick_device, settle_precision
 from fd2fast.errors import UserError, refuse
+from fd2fast.lock import released_at_end
 from fd2fast.memory import beyond_memory
 from fd2fast.models.classifier import check_classifier
 from fd2fast.models.probe import probe
@@ -68,6 +69,7 @@ def run(
     return run_all([Row(config, Path(out), dataset, images, labels)], overwrite=overwrite)[0]
 
 
+@released_at_end()
 def run_all(rows: Sequence[Row], *, overwrite: bool = False) -> list[Artifact]:
     """`run` for several rows, the students of all of them side by side; a row is finished when its last student is."""
     opened = [_Opened(row, overwrite) for row in rows]

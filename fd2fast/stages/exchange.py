@@ -8,9 +8,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from fd2fast.artifacts import Artifact, atomic_path, file_digest, load, open_stage, writing
+from fd2fast.artifacts import Artifact, atomic_path, file_digest, load, open_stage
 from fd2fast.data.distilled import image_files, images_per_class
 from fd2fast.errors import UserError
+from fd2fast.lock import OURS, own, released_at_end
 from fd2fast.models.pool import export_teacher, import_checkpoint
 from fd2fast.models.teacher import FILE, Teacher
 
@@ -23,6 +24,7 @@ class ImportConfig:
     model: str | None
 
 
+@released_at_end()
 def import_teacher(
     checkpoint: Path | str, model: str | None, out: Path | str, dataset: Artifact, *, overwrite: bool = False
 ) -> Artifact:
@@ -85,17 +87,23 @@ def export_artifact(artifact: Artifact, out: Path | str, *, ipc: int | None = No
     if artifact.kind == "teacher":
         if ipc is not None:
             raise UserError(f"ipc is for images; {artifact.path} holds a teacher")
-        return f"wrote {export_teacher(Teacher.load(artifact.file(FILE)), out)}"
+        teacher = Teacher.load(artifact.file(FILE))
+        with own(out):
+            return f"wrote {export_teacher(teacher, out)}"
     held = images_per_class(artifact)
     count = held if ipc is None else ipc
     if not 1 <= count <= held:
         raise UserError(f"ipc must be 1 to {held}, all that {artifact.path} holds; got {count}")
-    with writing(out):
-        if out.exists() and any(out.iterdir()):
-            raise UserError(
-                f"{out} holds files; wanted an empty or new folder (what an interrupted export left: remove it)"
-            )
-    begun = out.exists()
+    with own(out):
+        return f"wrote {_export_images(artifact, out, count)} images, {count} of each class, to {out}"
+
+
+def _export_images(artifact: Artifact, out: Path, count: int) -> int:
+    """Ids 0..count-1 of each class as a folder of images; their number."""
+    if any(not entry.name.startswith(OURS) for entry in out.iterdir()):
+        raise UserError(
+            f"{out} holds files; wanted an empty or new folder (what an interrupted export left: remove it)"
+        )
     written: list[Path] = []
     try:
         for (_, image_id), name in sorted(image_files(artifact).items()):
@@ -105,9 +113,9 @@ def export_artifact(artifact: Artifact, out: Path | str, *, ipc: int | None = No
                     shutil.copyfile(artifact.file(name), temporary)
                 written.append(target)
     except BaseException:  # so that the same command can be given again
-        _take_back(written, out, begun)
+        _take_back(written, out)
         raise
-    return f"wrote {len(written)} images, {count} of each class, to {out}"
+    return len(written)
 
 
 def _must_be_a_target(out: Path, artifact: Artifact) -> None:
@@ -132,12 +140,10 @@ def _is_artifact(folder: Path) -> bool:
     return True
 
 
-def _take_back(files: list[Path], out: Path, keep: bool) -> None:
-    """Remove files that were written below `out`, and folders that are empty then; `out` itself unless it is to be kept."""
+def _take_back(files: list[Path], out: Path) -> None:
+    """Remove files that were written below `out`, and folders that are empty then."""
     with contextlib.suppress(OSError):
         for file in files:
             file.unlink(missing_ok=True)
         for folder in [path for path in out.iterdir() if path.is_dir()]:
             folder.rmdir()
-        if not keep:
-            out.rmdir()

@@ -18,6 +18,7 @@ from fd2fast.data.pixels import grid, normalise, read_image, save_image
 from fd2fast.data.store import ImageSet, load_split
 from fd2fast.device import device_faults, pick_device
 from fd2fast.errors import UserError, refuse
+from fd2fast.lock import released_at_end
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.pictures import picture
 from fd2fast.progress import Progress
@@ -37,6 +38,7 @@ class Ranked(NamedTuple):
     sources: Tensor  # int64 [n], position of the image among those searched
 
 
+@released_at_end()
 def run(
     config: PatchesConfig, out: Path | str, dataset: Artifact, teacher: Artifact, *, overwrite: bool = False
 ) -> Artifact:

@@ -23,6 +23,7 @@ from fd2fast.data.pixels import normalise
 from fd2fast.data.store import ImageSet, load_split
 from fd2fast.device import autocast, channels_last, device_faults, pick_device, repeatable, settle_precision
 from fd2fast.errors import UserError, refuse
+from fd2fast.lock import released_at_end
 from fd2fast.memory import beyond_memory
 from fd2fast.models.attention_views import crop_and_drop
 from fd2fast.models.backbone import build_backbone, canonical_name, hub_name, load_weights, native_size
@@ -95,6 +96,7 @@ def resolve(config: PretrainConfig, dataset_name: str) -> PretrainConfig:
     )
 
 
+@released_at_end()
 def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite: bool = False) -> Artifact:
     """Train a teacher on the dataset artifact's training images and measure it on its whole test set.
 

@@ -36,6 +36,7 @@ from fd2fast.data.views import (
 )
 from fd2fast.device import device_faults, pick_device
 from fd2fast.errors import UserError, refuse
+from fd2fast.lock import released_at_end
 from fd2fast.models.probe import probe
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.models.training import accelerate
@@ -50,6 +51,7 @@ SAVE_SECONDS = 10.0
 AGREEMENT_EPOCHS = 10
 
 
+@released_at_end()
 def run(
     config: RelabelConfig,
     out: Path | str,

@@ -15,6 +15,7 @@ from fd2fast.data.distilled import image_files, images_per_class
 from fd2fast.data.pixels import read_image
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
+from fd2fast.lock import own
 from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.streams import plain
 
@@ -24,6 +25,8 @@ _BARS = 200
 # Side of one image in the grid, output pixels: small images are repeated up to it, larger ones reduced to it.
 _CELL = 112
 _GAP, _SET_GAP = 3, 14
+# Seconds to wait for another report of the same run: hours of work must not end in a refusal by it.
+_PATIENCE = 120.0
 _DPI = 100
 _COLOURS = {"soft": "tab:blue", "hard": "tab:orange"}
 
@@ -49,16 +52,17 @@ def run(
     rows = [_row(m, images) for m in metrics]
     table = _table(rows)
     about = _about(dataset, teachers)
-    write_json(out / "table.json", {**about, "rows": rows})
+    pictures = {"grid.png": lambda: _grid(dataset, images), "accuracy.png": lambda: _bars(rows, about["chance"])}
 
     def write_document(left_out: Sequence[str] = ()) -> None:
         text = _document(about, rows, table, images, left_out)
         write_bytes(out / "report.md", text.encode("utf-8", "backslashreplace"))
 
-    write_document()
-    pictures = {"grid.png": lambda: _grid(dataset, images), "accuracy.png": lambda: _bars(rows, about["chance"])}
-    if left_out := [name for name, draw in pictures.items() if not picture(out / name, draw)]:
-        write_document(left_out)
+    with own(out, patience=_PATIENCE):
+        write_json(out / "table.json", {**about, "rows": rows})
+        write_document()
+        if left_out := [name for name, draw in pictures.items() if not picture(out / name, draw)]:
+            write_document(left_out)
     return table
 
 

@@ -14,7 +14,7 @@ from distill_tools import MEAN, OTHER, STD, make_dataset, make_patches, make_tea
 from PIL import Image
 
 import fd2fast
-from fd2fast import engine
+from fd2fast import engine, lock
 from fd2fast.artifacts import Artifact, file_digest, load
 from fd2fast.config import DistillConfig, replace
 from fd2fast.errors import UserError
@@ -589,6 +589,7 @@ def test_two_processes_write_the_same_bytes_as_one(room: types.SimpleNamespace, 
     two, one = (load(tmp_path / name, "images") for name in ("two", "one"))
     assert files_of(two) == files_of(one)
     assert two.id == one.id
+    assert not list(tmp_path.rglob(f"{lock.OURS}*"))  # nor is a lock left by the job that was killed
     assert (two.measured["processes"], one.measured["processes"]) == (2, 1)
 
 
