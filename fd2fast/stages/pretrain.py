@@ -267,9 +267,7 @@ class _Trainer:
         self.head_trained = config.alpha > 0
         seeding.seed_all(config.seed, "pretrain", "init")
         backbone = build_backbone(config.model, len(train.classes), train.size)
-        loaded = load_weights(backbone, config.weights) if config.weights else []
-        # what is told about a file holds wherever it lies
-        self.notices = [notice.removeprefix(f"{config.weights}: ") for notice in loaded]
+        self.notices = load_weights(backbone, config.weights) if config.weights else []
         if not self.head_trained:
             self.notices.append("alpha is 0: the CAL head and the prototypes are as initialised")
         self.teacher = Teacher(backbone, config.attention_maps, alpha=config.alpha, size=train.size)

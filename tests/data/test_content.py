@@ -125,7 +125,7 @@ def a_link_led_elsewhere(tree: Path) -> str:
 def a_class_emptied(tree: Path) -> str:
     for path in (tree / "train" / "bee").iterdir():
         path.unlink()
-    return "no training images in class 'bee'; since the earlier run of this command: 3 removed (train/bee/0.bmp"
+    return "since the earlier run of this command: 3 removed (train/bee/0.bmp"
 
 
 def one_split_deleted(tree: Path) -> str:
