@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -70,6 +71,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         except BaseException:
             _remove(temporary)
             raise
+
+
+def sync_folder(path: Path) -> None:
+    """Let the names in a folder reach the disk, so that a record written later cannot outlive what it vouches for.
+
+    Nothing where the file system cannot sync folders.
+    """
+    with writing(path):
+        try:
+            folder = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOSYS):
+                raise
 
 
 def _remove(path: Path) -> None:
@@ -467,7 +485,8 @@ class Stage:
     ) -> Artifact:
         """Hash every file, write the manifest, drop the resume state and the claim on the folder.
 
-        Raises UserError where another process has taken the folder over, and where a parent was made anew meanwhile.
+        After a power cut the manifest is there, or what resuming needs. Raises UserError where another process has taken the
+        folder over, and where a parent was made anew meanwhile.
         """
         self._still_owned()
         for name, folder in self._parent_folders.items():
@@ -507,8 +526,11 @@ class Stage:
                 **dict(measured or {}),
             },
         }
+        for folder in sorted({(self.path / name).parent for name in files} | {self.path}):
+            sync_folder(folder)
         self._still_owned()
         write_json(self.path / MANIFEST, manifest)
+        sync_folder(self.path)
         shutil.rmtree(self.state, ignore_errors=True)
         self.release()
         return Artifact(self.path, json.loads(json.dumps(manifest, default=_plain)))
@@ -527,6 +549,7 @@ class Stage:
         """Save resume state (tensors and plain values) and the seconds spent so far."""
         self._still_owned()
         write_torch(self.state / name, value)
+        sync_folder((self.state / name).parent)
         write_json(self.state / "seconds.json", self._before + time.monotonic() - self._started)
 
     def restore(self, name: str) -> Any | None:
@@ -638,6 +661,8 @@ class _Wanted:
             if (json.loads(begun.read_text()).get("inputs") or {}) == self.inputs:
                 return
         write_json(begun, {**beginning, "places": self.places})
+        for folder in (begun.parent, begun.parents[1], begun.parents[2]):
+            sync_folder(folder)
 
     def must_be_of(self, known: Path, path: Path) -> None:
         """UserError with the difference unless `known`, manifest or beginning of the result at `path`, tells of this one."""

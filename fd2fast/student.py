@@ -23,6 +23,7 @@ from fd2fast.artifacts import (
     load,
     read_torch,
     resumable,
+    sync_folder,
     write_json,
     write_safetensors,
     write_torch,
@@ -342,6 +343,7 @@ def train(given: Mapping[str, Any], report: Report) -> dict[str, Any]:
     with repeatable():
         training = Training(config, path, lessons, test, seed)
         found = {"result": training.run(report), "seconds": round(training.seconds, 3)}
+    sync_folder(path / "students")
     write_json(result_file(path, seed), found)
     (path / "state" / f"student-{seed}.pt").unlink(missing_ok=True)
     return found
