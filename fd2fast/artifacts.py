@@ -32,6 +32,8 @@ MANIFEST = "manifest.json"
 STATE = "state"
 # Beside the manifest, not part of the result: when its source files were last changed, so that they need not be read again.
 STAMPS = "stamps.json"
+# What a manifest says beside its identity.
+_BESIDE = ("id", "places", "versions", "measured")
 # how a damaged file of an unfinished stage is repaired
 AGAIN = "remove it, and the same command does that part again"
 BEGUN = "begun.json"
@@ -385,7 +387,15 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
         isinstance(parent, dict) and isinstance(parent.get("id"), str) for parent in manifest["parents"].values()
     ):
         return "parents have no ids"
+    if manifest["id"] != identity_digest(manifest):
+        return "its id is not that of what it says, so it was changed after it was made"
     return ""
+
+
+def identity_digest(manifest: Mapping[str, Any]) -> str:
+    """The id of a manifest: the hash of all of it that decides the result, of parents their ids."""
+    parents = {name: parent["id"] for name, parent in manifest["parents"].items()}
+    return digest({key: value for key, value in manifest.items() if key not in _BESIDE} | {"parents": parents})
 
 
 def made(path: Path | str) -> bool:
@@ -426,7 +436,7 @@ def obstacle(path: Path | str, kind: str, config: Any) -> str | None:
         difference = _first_difference(recorded, {"kind": kind, "config": _settings(config, config_dict(config))})
     except OSError as error:
         return f"{known or path} cannot be read: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{known} is damaged ({error}); remove {path} and run again"
     if not difference:
         return None
@@ -499,7 +509,7 @@ class Stage:
             and p.name not in (MANIFEST, STAMPS)
             and not p.name.startswith(lock.OURS)
         }
-        identity = {
+        found = {
             "schema": SCHEMA,
             "kind": self.kind,
             "config": self._config,
@@ -513,9 +523,9 @@ class Stage:
             "facts": dict(facts or {}),
             "files": files,
         }
-        parents = {name: parent["id"] for name, parent in self._parents.items()}
+        identity = json.loads(json.dumps(found, default=_plain))  # as who reads it hashes it
         manifest = {
-            "id": digest({**identity, "parents": parents}),
+            "id": identity_digest(identity),
             **identity,
             **({"places": self._places} if self._places else {}),
             "versions": _versions(),
@@ -618,7 +628,7 @@ def _begin(path: Path, wanted: _Wanted, parent_folders: dict[str, Path], hold: l
         wanted.must_be_of(begun, path)
     wanted.write(begun)
     stage = wanted.stage(path, hold, parent_folders)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # an unknown time is none
         stage._before = float(json.loads((stage.state / "seconds.json").read_text()))
     return stage
 
