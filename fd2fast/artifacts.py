@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -31,6 +32,8 @@ MANIFEST = "manifest.json"
 STATE = "state"
 # Beside the manifest, not part of the result: when its source files were last changed, so that they need not be read again.
 STAMPS = "stamps.json"
+# What a manifest says beside its identity.
+_BESIDE = ("id", "places", "versions", "measured")
 # how a damaged file of an unfinished stage is repaired
 AGAIN = "remove it, and the same command does that part again"
 BEGUN = "begun.json"
@@ -70,6 +73,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         except BaseException:
             _remove(temporary)
             raise
+
+
+def sync_folder(path: Path) -> None:
+    """Let the names in a folder reach the disk, so that a record written later cannot outlive what it vouches for.
+
+    Nothing where the file system cannot sync folders.
+    """
+    with writing(path):
+        try:
+            folder = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOSYS):
+                raise
 
 
 def _remove(path: Path) -> None:
@@ -367,7 +387,15 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
         isinstance(parent, dict) and isinstance(parent.get("id"), str) for parent in manifest["parents"].values()
     ):
         return "parents have no ids"
+    if manifest["id"] != identity_digest(manifest):
+        return "its id is not that of what it says, so it was changed after it was made"
     return ""
+
+
+def identity_digest(manifest: Mapping[str, Any]) -> str:
+    """The id of a manifest: the hash of all of it that decides the result, of parents their ids."""
+    parents = {name: parent["id"] for name, parent in manifest["parents"].items()}
+    return digest({key: value for key, value in manifest.items() if key not in _BESIDE} | {"parents": parents})
 
 
 def made(path: Path | str) -> bool:
@@ -408,7 +436,7 @@ def obstacle(path: Path | str, kind: str, config: Any) -> str | None:
         difference = _first_difference(recorded, {"kind": kind, "config": _settings(config, config_dict(config))})
     except OSError as error:
         return f"{known or path} cannot be read: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{known} is damaged ({error}); remove {path} and run again"
     if not difference:
         return None
@@ -467,7 +495,8 @@ class Stage:
     ) -> Artifact:
         """Hash every file, write the manifest, drop the resume state and the claim on the folder.
 
-        Raises UserError where another process has taken the folder over, and where a parent was made anew meanwhile.
+        After a power cut the manifest is there, or what resuming needs. Raises UserError where another process has taken the
+        folder over, and where a parent was made anew meanwhile.
         """
         self._still_owned()
         for name, folder in self._parent_folders.items():
@@ -480,7 +509,7 @@ class Stage:
             and p.name not in (MANIFEST, STAMPS)
             and not p.name.startswith(lock.OURS)
         }
-        identity = {
+        found = {
             "schema": SCHEMA,
             "kind": self.kind,
             "config": self._config,
@@ -494,9 +523,9 @@ class Stage:
             "facts": dict(facts or {}),
             "files": files,
         }
-        parents = {name: parent["id"] for name, parent in self._parents.items()}
+        identity = json.loads(json.dumps(found, default=_plain))  # as who reads it hashes it
         manifest = {
-            "id": digest({**identity, "parents": parents}),
+            "id": identity_digest(identity),
             **identity,
             **({"places": self._places} if self._places else {}),
             "versions": _versions(),
@@ -507,8 +536,11 @@ class Stage:
                 **dict(measured or {}),
             },
         }
+        for folder in sorted({(self.path / name).parent for name in files} | {self.path}):
+            sync_folder(folder)
         self._still_owned()
         write_json(self.path / MANIFEST, manifest)
+        sync_folder(self.path)
         shutil.rmtree(self.state, ignore_errors=True)
         self.release()
         return Artifact(self.path, json.loads(json.dumps(manifest, default=_plain)))
@@ -527,6 +559,7 @@ class Stage:
         """Save resume state (tensors and plain values) and the seconds spent so far."""
         self._still_owned()
         write_torch(self.state / name, value)
+        sync_folder((self.state / name).parent)
         write_json(self.state / "seconds.json", self._before + time.monotonic() - self._started)
 
     def restore(self, name: str) -> Any | None:
@@ -595,7 +628,7 @@ def _begin(path: Path, wanted: _Wanted, parent_folders: dict[str, Path], hold: l
         wanted.must_be_of(begun, path)
     wanted.write(begun)
     stage = wanted.stage(path, hold, parent_folders)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # an unknown time is none
         stage._before = float(json.loads((stage.state / "seconds.json").read_text()))
     return stage
 
@@ -638,6 +671,8 @@ class _Wanted:
             if (json.loads(begun.read_text()).get("inputs") or {}) == self.inputs:
                 return
         write_json(begun, {**beginning, "places": self.places})
+        for folder in (begun.parent, begun.parents[1], begun.parents[2]):
+            sync_folder(folder)
 
     def must_be_of(self, known: Path, path: Path) -> None:
         """UserError with the difference unless `known`, manifest or beginning of the result at `path`, tells of this one."""

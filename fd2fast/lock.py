@@ -201,9 +201,13 @@ def process_name() -> str:
 
 @contextlib.contextmanager
 def own(folder: Path | str, *, patience: float = 0.0) -> Iterator[Hold]:
-    """`take`, released at the end of the block."""
+    """`take`, released at the end of the block; temporary files that a killed process left directly in the folder are removed."""
     hold = take(folder, patience=patience)
     try:
+        if hold.fresh:  # nobody else writes here: what a killed process left
+            for stale in Path(folder).glob(f"{TEMPORARY}*"):
+                with contextlib.suppress(OSError):
+                    stale.unlink()
         yield hold
     finally:
         hold.release()

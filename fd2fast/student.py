@@ -23,6 +23,7 @@ from fd2fast.artifacts import (
     load,
     read_torch,
     resumable,
+    sync_folder,
     write_json,
     write_safetensors,
     write_torch,
@@ -35,9 +36,11 @@ from fd2fast.data.views import (
     Views,
     ViewSettings,
     batch_offsets,
+    check_views,
     draw_views,
     grouped,
     images_at_once,
+    open_array,
     open_views,
     replay,
 )
@@ -118,7 +121,14 @@ def prepare(
         raise UserError(f"{labels.path} holds labels of {stored} epochs, but {config.epochs} were asked for")
     pixels, targets = load_images(images, ipc)
     views = open_views(labels.path)
-    logits = np.load(labels.file("logits.npy"), mmap_mode="r", allow_pickle=False) if config.labels == "soft" else None
+    check_views(views, stored, len(pixels), images.size, labels.path)
+    logits = None
+    if config.labels == "soft":
+        logits, wanted = open_array(labels.file("logits.npy")), (stored, len(pixels), len(images.classes))
+        if logits.dtype != np.float16 or logits.shape != wanted:
+            raise UserError(
+                f"{labels.path / 'logits.npy'} must be float16 {list(wanted)}, got {logits.dtype} {list(logits.shape)}"
+            )
     lessons = Lessons(
         Source(pixels, images.mean, images.std, device),
         targets,
@@ -342,6 +352,7 @@ def train(given: Mapping[str, Any], report: Report) -> dict[str, Any]:
     with repeatable():
         training = Training(config, path, lessons, test, seed)
         found = {"result": training.run(report), "seconds": round(training.seconds, 3)}
+    sync_folder(path / "students")
     write_json(result_file(path, seed), found)
     (path / "state" / f"student-{seed}.pt").unlink(missing_ok=True)
     return found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
+
+from fd2fast.errors import UserError
 
 T = TypeVar("T")
 
@@ -36,11 +39,12 @@ class Workers:
         self._told = 0
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Return when every process has come here; UserError when one of them is gone."""
         if self.world > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            with _together():
+                dist.barrier()
 
     def share(self, count: int) -> Iterator[int]:
         """Numbers 0 .. count-1 in rising order, each to one process only: to whichever asks first."""
@@ -48,8 +52,12 @@ class Workers:
         if self.world == 1:
             yield from range(count)
             return
-        while (number := self._store.add(f"shared/{self._shared}", 1) - 1) < count:
+        while (number := self._next()) < count:
             yield number
+
+    def _next(self) -> int:
+        with _together():
+            return int(self._store.add(f"shared/{self._shared}", 1)) - 1
 
     def told(self, call: Callable[[], T]) -> T:
         """What `call()` gives the first process, which alone makes it: a value that JSON can hold, for all of them."""
@@ -57,9 +65,11 @@ class Workers:
             return call()
         self._told += 1
         key = f"told/{self._told}"
-        if self.rank == 0:
-            self._store.set(key, json.dumps(call()))
-        return json.loads(self._store.get(key))
+        found = json.dumps(call()) if self.rank == 0 else ""
+        with _together():
+            if self.rank == 0:
+                self._store.set(key, found)
+            return json.loads(self._store.get(key))
 
     def first(self, call: Callable[[], T]) -> T:
         """`call()` by rank 0, then by the others (who find what it made), and nobody goes on before all are done."""
@@ -71,6 +81,17 @@ class Workers:
             found = call()
         self.wait()
         return found
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of gloo or the store: the connection is closed
+        raise UserError(
+            "another process of this job has ended (and said why if it could); "
+            "what is finished is kept: run the same command again"
+        ) from error
 
 
 @functools.cache

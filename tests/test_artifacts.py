@@ -219,6 +219,12 @@ def test_arrays_come_back_as_they_were(tmp_path, array):
         ({"files": ["a"]}, "files is a list"),
         ({"parents": {"dataset": "x"}}, "parents have no ids"),
         ({"id": 3}, "id is a int"),
+        ({"id": "0" * 64}, "its id is not that of what it says"),
+        ({"facts": {"train": 10**9}}, "its id is not that of what it says"),
+        ({"size": 65}, "its id is not that of what it says"),
+        ({"classes": ["b", "a"]}, "its id is not that of what it says"),
+        ({"mean": [0.5, 0.5, 0.25]}, "its id is not that of what it says"),
+        ({"parents": {"dataset": {"kind": "dataset", "id": "another"}}}, "its id is not that of what it says"),
     ],
 )
 def test_a_manifest_that_was_changed_by_hand_is_refused(tmp_path, change, told):

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "seeding": set(),
     "streams": set(),
     "progress": {"streams"},
-    "workers": set(),
+    "workers": {"errors"},
     "writer": set(),
     "sources": BASE,
     "lock": {"causes", "errors"},

@@ -784,6 +784,14 @@ def test_an_overwrite_that_is_killed_half_way_is_completed(tmp_path, what):
     assert names(tmp_path / "a") == ["file.txt", "manifest.json"]
 
 
+def test_a_folder_that_is_owned_anew_loses_what_a_killed_process_left(tmp_path):
+    for name in ("report.md", "grid.png", "run.json"):
+        (tmp_path / f"{lock.TEMPORARY}1-{name}").write_bytes(b"half")
+    (tmp_path / "kept").touch()
+    with lock.own(tmp_path):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [lock.LOCK, "kept"]
+
+
 def test_only_an_owner_that_is_alone_sweeps_and_nothing_temporary_is_part_of_a_result(tmp_path):
     stage = artifacts.open_stage(tmp_path / "a", "thing", Config(), {})
     left = [tmp_path / "a" / f"{lock.TEMPORARY}1-x", tmp_path / "a" / "state" / f"{lock.TEMPORARY}77-0a-y.pt"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fd2fast import cli
+from fd2fast.errors import UserError
 from fd2fast.workers import Workers, current, is_first, local_count
 
 JOB = """
@@ -54,6 +55,23 @@ def test_alone_nothing_is_waited_for() -> None:
     assert is_first()
     assert local_count() == 1
     assert current().world == 1
+
+
+def test_the_end_of_another_process_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever call notices it: a wait, the first's turn, or the next number."""
+    import torch.distributed as dist
+
+    def closed(*_: object) -> int:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:19610")
+
+    class Store:
+        add = closed
+
+    monkeypatch.setattr(dist, "barrier", closed)
+    workers = Workers(1, 2, Store())
+    for call in (workers.wait, lambda: workers.first(lambda: "done"), lambda: list(workers.share(3))):
+        with pytest.raises(UserError, match="another process of this job has ended"):
+            call()
 
 
 def test_other_commands_refuse_to_be_shared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -11,7 +11,7 @@ from fd2fast.artifacts import Artifact
 from fd2fast.data.pixels import read_image
 from fd2fast.errors import UserError
 
-_NAME = re.compile(r"images/new(\d+)/class(\d+)_id(\d+)\.(png|jpg)")
+_NAME = re.compile(r"images/new(\d{1,9})/class(\d{1,9})_id(\d{1,9})\.(png|jpg)")
 
 
 def image_files(images: Artifact) -> dict[tuple[int, int], str]:

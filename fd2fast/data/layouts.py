@@ -330,7 +330,16 @@ def _annotations(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
             else ""
         )
         raise UserError(f"{path}: no field {', '.join(lacking) or 'annotations'} in its annotations{hint}")
-    return [{f: row[f].item() if hasattr(row[f], "item") else row[f] for f in fields} for row in rows]
+    return [{f: _single(path, position, row[f]) for f in fields} for position, row in enumerate(rows, 1)]
+
+
+def _single(path: Path, position: int, value: Any) -> Any:
+    """The one value in a field, which MATLAB keeps in arrays."""
+    if isinstance(value, np.ndarray | np.generic):
+        if value.size != 1:
+            raise UserError(f"{path}, entry {position}: wanted one value in each field, got {value.size}")
+        return value.item()
+    return value
 
 
 def _class_names(content: Any, path: Path) -> list[str]:
@@ -349,7 +358,8 @@ def _cars(root: Path) -> Listing:
 
 
 def _cars_label(path: Path, position: int, value: Any, classes: int) -> int:
-    if not isinstance(value, int | float | np.number) or value != int(value) or not 1 <= int(value) <= classes:
+    # not a number and infinity are beyond every bound
+    if not isinstance(value, int | float | np.number) or not 1 <= value <= classes or value != int(value):
         raise UserError(f"{path}, entry {position}: class must be 1 to {classes}, got {value!r}")
     return int(value) - 1
 

@@ -190,12 +190,15 @@ class _Rows:
             known = json.loads((self._state / f"{split}.json").read_text())
             if not pixels.exists() and final.exists():  # killed between moving the rows out and the manifest
                 os.replace(final, pixels)
-            images = np.load(pixels, mmap_mode="r+")
-            status = np.load(self._state / f"{split}_status.npy", mmap_mode="r+")
+            images = np.lib.format.open_memmap(pixels, mode="r+")
+            status = np.lib.format.open_memmap(self._state / f"{split}_status.npy", mode="r+")
+            count = len(known["keys"])
+            if (images.dtype, status.dtype) != (np.uint8, np.uint8) or status.shape != (count,):
+                return None
             same = known["size"] == self._size and known.get("exif", "ignore") == self._exif
-            if same and len(known["keys"]) == len(images) == len(status):
+            if same and images.shape == (count, 3, self._size, self._size):
                 return known["keys"], images, status
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         return None
 

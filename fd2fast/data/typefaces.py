@@ -15,6 +15,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -324,7 +325,7 @@ def render_set(config: DataConfig, faces: list[Face], folder: Path) -> dict[str,
                 there = set(os.listdir(here))
             for number in range(count):
                 name = f"{number:0{digits}d}.png"
-                if name in there:
+                if name in there and _whole(here / name):
                     done += 1
                 else:
                     jobs.append(functools.partial(_write, here / name, face, config.seed, split, number, config.size))
@@ -333,6 +334,9 @@ def render_set(config: DataConfig, faces: list[Face], folder: Path) -> dict[str,
         for job in jobs:  # threads make it slower: nearly all of it holds Python's lock
             job()
             bar.step()
+    # only now: between the images it would take longer than they do
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(_sync, sorted(folder.glob("*/*/*.png"))))
     return {face.name: face.source for face in faces}
 
 
@@ -343,11 +347,29 @@ def _write(path: Path, face: Face, seed: int, split: str, number: int, size: int
     with writing(path):
         try:
             temporary.write_bytes(content.getbuffer())
-            # without fsync, which would take longer than the rest: a killed process loses nothing
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file of an interrupted run is a PNG to its end: after a power cut it may hold less, or zeros."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.verify()
+    except Exception:  # Pillow raises many kinds for a damaged file
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    with writing(path):
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 @functools.lru_cache(maxsize=512)

@@ -261,15 +261,46 @@ def file_of(name: str) -> str:
     return f"views/{name}.npy"
 
 
+def open_array(path: Path) -> np.ndarray:
+    """A plain .npy array, memory-mapped and read-only; UserError for pickles, archives and damaged files."""
+    try:
+        # not np.load, which also opens archives and pickles
+        return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: make the labels again") from error
+    except Exception as error:  # numpy raises many kinds for a damaged header
+        raise UserError(f"{path} is not a plain array ({str(error)[:200]}): make the labels again") from error
+
+
 def open_views(folder: Path) -> Views:
     """Views from the .npy files below `folder`, memory-mapped and read-only; plain arrays only, pickles are refused."""
     arrays = {}
     for name in (*PER_EPOCH, "offsets"):
-        path = folder / file_of(name)
-        try:
-            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing: make the labels again") from error
-        except ValueError as error:
-            raise UserError(f"{path} is not a plain array: {error}") from error
+        arrays[name] = open_array(folder / file_of(name))
     return Views(**arrays)
+
+
+def check_views(views: Views, epochs: int, images: int, size: int, folder: Path) -> None:
+    """UserError that names the first array of the label store in `folder` that cannot be replayed on `images` of side `size`."""
+
+    def must(name: str, fits: bool, wanted: str) -> None:
+        if not fits:
+            raise UserError(f"{folder / file_of(name)} must hold {wanted}: make the labels again")
+
+    offsets = np.asarray(views.offsets)
+    good = offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) > 1
+    good = good and offsets[0] == 0 and offsets[-1] == images and bool((np.diff(offsets) > 0).all())
+    must("offsets", good, f"rising int64 from 0 to the {images} images")
+    for name, (shape, dtype) in array_types(offsets).items():
+        found: np.ndarray = getattr(views, name)
+        wanted = (epochs, *shape)
+        told = f"{np.dtype(dtype)} {list(wanted)}, got {found.dtype} {list(found.shape)}"
+        must(name, found.dtype == dtype and found.shape == wanted, told)
+    must("order", bool((np.sort(views.order, 1) == np.arange(images)).all()), "every image once in each epoch")
+    crop = np.asarray(views.crop, np.int32)
+    inside = (crop[..., :2] >= 0) & (crop[..., 2:] >= 1) & (crop[..., :2] + crop[..., 2:] <= size)
+    must("crop", bool(inside.all()), f"crops inside {size} x {size} pixels")
+    counts = np.repeat(np.diff(offsets), np.diff(offsets))
+    must("mix_index", bool(((views.mix_index >= 0) & (views.mix_index < counts)).all()), "rows of their own batch")
+    box = np.asarray(views.bbox)
+    must("bbox", bool(((box >= 0) & (box <= size)).all()), f"boxes inside {size} x {size} pixels")

@@ -11,7 +11,7 @@ from pathlib import Path
 from fd2fast.artifacts import Artifact, atomic_path, file_digest, load, open_stage
 from fd2fast.data.distilled import image_files, images_per_class
 from fd2fast.errors import UserError
-from fd2fast.lock import OURS, own, released_at_end
+from fd2fast.lock import OURS, TEMPORARY, own, released_at_end
 from fd2fast.models.pool import export_teacher, import_checkpoint
 from fd2fast.models.teacher import FILE, Teacher
 
@@ -76,8 +76,8 @@ def import_teacher(
 def export_artifact(artifact: Artifact, out: Path | str, *, ipc: int | None = None) -> str:
     """Write a teacher as the reference's checkpoint, or images as an image folder (ids 0..ipc-1); says what was written.
 
-    Raises UserError for other kinds of artifact, files changed after they were made, more images than there are, and a folder
-    that holds files.
+    An export that was killed goes on. Raises UserError for other kinds of artifact, files changed after they were made, more
+    images than there are, and a folder that holds other files.
     """
     out = Path(out)
     artifact.unchanged()
@@ -94,28 +94,34 @@ def export_artifact(artifact: Artifact, out: Path | str, *, ipc: int | None = No
     count = held if ipc is None else ipc
     if not 1 <= count <= held:
         raise UserError(f"ipc must be 1 to {held}, all that {artifact.path} holds; got {count}")
-    with own(out):
+    with own(out) as hold:
+        if hold.fresh:
+            for stale in out.rglob(f"{TEMPORARY}*"):
+                stale.unlink(missing_ok=True)
         return f"wrote {_export_images(artifact, out, count)} images, {count} of each class, to {out}"
 
 
 def _export_images(artifact: Artifact, out: Path, count: int) -> int:
     """Ids 0..count-1 of each class as a folder of images; their number."""
-    if any(not entry.name.startswith(OURS) for entry in out.iterdir()):
-        raise UserError(
-            f"{out} holds files; wanted an empty or new folder (what an interrupted export left: remove it)"
-        )
+    names = [name for (_, image_id), name in sorted(image_files(artifact).items()) if image_id < count]
+    wanted = {out / Path(name).relative_to("images"): name for name in names}
+    there = {path for path in out.rglob("*") if not path.is_dir() and not path.name.startswith(OURS)}
+    for path in sorted(there):
+        if path not in wanted or not path.is_file() or file_digest(path) != artifact.manifest["files"][wanted[path]]:
+            raise UserError(
+                f"{out} holds files of something else ({path.name}); wanted an empty or new folder, or what an interrupted "
+                "export of the same images left"
+            )
     written: list[Path] = []
     try:
-        for (_, image_id), name in sorted(image_files(artifact).items()):
-            if image_id < count:
-                target = out / Path(name).relative_to("images")
-                with atomic_path(target) as temporary:
-                    shutil.copyfile(artifact.file(name), temporary)
-                written.append(target)
-    except BaseException:  # so that the same command can be given again
+        for target in wanted.keys() - there:
+            with atomic_path(target) as temporary:
+                shutil.copyfile(artifact.file(wanted[target]), temporary)
+            written.append(target)
+    except BaseException:  # so that another command can be given
         _take_back(written, out)
         raise
-    return len(written)
+    return len(wanted)
 
 
 def _must_be_a_target(out: Path, artifact: Artifact) -> None:

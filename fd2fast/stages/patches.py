@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fd2fast import ops, seeding
-from fd2fast.artifacts import Artifact, Stage, open_stage
+from fd2fast.artifacts import Artifact, Stage, open_stage, sync_folder
 from fd2fast.config import PatchesConfig
 from fd2fast.data.augment import crop_boxes
 from fd2fast.data.outline import Outline, outline_of
@@ -69,6 +69,7 @@ def run(
     with Progress("patches", classes, done=len(scores), unit="class") as bar:
         while len(scores) < classes:
             scores.append(_class_images(config, stage, train, loaded, len(scores), pool, device))
+            sync_folder((stage.path / file_name(len(scores) - 1, 0)).parent)
             stage.checkpoint(_STATE, {"scores": scores})
             bar.step(1, cross_entropy=scores[-1])
     picture(stage.path / "preview.png", lambda: _preview(config, stage, train))

@@ -501,3 +501,21 @@ def test_the_number_of_entries_has_an_end(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("fd2fast.data.layouts.MOST_ENTRIES", 10)
     with pytest.raises(UserError, match=r"birds holds more than 1\d entries: .*link"):
         read_layout("folder", home)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (float("nan"), "class must be 1 to 3, got nan"),
+        (float("inf"), "class must be 1 to 3, got inf"),
+        (1.5, "class must be 1 to 3, got 1.5"),
+        (10.0**30, r"class must be 1 to 3, got 1e\+30"),
+        ("two", "class must be 1 to 3, got 'two'"),
+        ([1, 2], "entry 2: wanted one value in each field, got 2"),
+        ([], "entry 2: wanted one value in each field, got 0"),
+    ],
+)
+def test_cars_classes_that_are_none_are_named(value: object, told: str, tmp_path: Path) -> None:
+    home = cars_single(tmp_path / "cars", classes=(1, value, 2, 1, 2, 3))
+    with pytest.raises(UserError, match=told):
+        read_layout("cars", home)

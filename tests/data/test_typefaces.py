@@ -164,6 +164,27 @@ def test_a_killed_rendering_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, m
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize("left", ["empty", "cut", "zeros", "half zeros"])
+def test_images_that_a_power_cut_left_unfinished_are_drawn_again(left: str, tmp_path: Path) -> None:
+    """They have their name, but not their bytes."""
+    config = DataConfig(size=16, classes=2, train_per_class=2, test_per_class=1)
+    faces = typefaces.choose(2, None)
+    typefaces.render_set(config, faces, tmp_path)
+    path = sorted(tmp_path.rglob("*.png"))[1]
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    path.write_bytes(
+        {
+            "empty": b"",
+            "cut": whole[:half],
+            "zeros": bytes(len(whole)),
+            "half zeros": whole[:half] + bytes(len(whole) - half),
+        }[left]
+    )
+    typefaces.render_set(config, faces, tmp_path)
+    assert path.read_bytes() == whole
+
+
 def test_kill_9_and_again(tmp_path: Path) -> None:
     config = replace(SMALL, train_per_class=100)
     code = (

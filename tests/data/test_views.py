@@ -1,6 +1,7 @@
 """Views: draws as functions of seed and epoch, boxes by hand, replay against a loop over single images, stored arrays."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ from fd2fast.data.views import (
     ViewSettings,
     array_types,
     batch_offsets,
+    check_views,
     cut_box,
     draw_crops,
     draw_views,
     file_of,
     grouped,
     images_at_once,
+    open_array,
     open_views,
     replay,
     usual_batch_size,
@@ -218,6 +221,51 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / file_of("order"), np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=r"order\.npy is not a plain array"):
         open_views(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\3\4", b"\x93NUMPY\x01\x00v\x00{'descr': '<i4', 'shape': (99999999999,)}", b"<html>"]
+)
+def test_files_that_are_no_arrays_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "order.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"order\.npy is not a plain array"):
+        open_array(tmp_path / "order.npy")
+
+
+def test_archives_of_arrays_are_refused(tmp_path: Path) -> None:
+    with open(tmp_path / "order.npy", "wb") as file:
+        np.savez(file, np.zeros(3))
+    with pytest.raises(UserError, match=r"order\.npy is not a plain array"):
+        open_array(tmp_path / "order.npy")
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("offsets", lambda a: a[::-1]),
+        ("offsets", lambda a: a.astype(np.int32)),
+        ("offsets", lambda a: a + 1),
+        ("order", lambda a: a[:, :-1]),
+        ("order", lambda a: np.where(a == 3, 4, a)),
+        ("order", lambda a: a - 1),
+        ("crop", lambda a: a - 1),
+        ("crop", lambda a: np.where(a == a.max(), SIZE + 1, a)),
+        ("crop", lambda a: a * 0),
+        ("crop", lambda a: a[..., None]),
+        ("flip", lambda a: a.astype(np.int8)),
+        ("mix_index", lambda a: a + 1),
+        ("mix_index", lambda a: a * 0 - 1),
+        ("lam", lambda a: a[:2]),
+        ("bbox", lambda a: a + SIZE),
+        ("bbox", lambda a: a - SIZE),
+    ],
+)
+def test_arrays_that_cannot_be_replayed_are_named(name: str, spoil: Callable[[np.ndarray], np.ndarray]) -> None:
+    views = draw_views(SETTINGS, OFFSETS, SIZE, 0, 3)
+    check_views(views, 3, IMAGES, SIZE, Path("labels"))
+    spoilt = dataclasses.replace(views, **{name: spoil(getattr(views, name))})
+    with pytest.raises(UserError, match=rf"{name}\.npy must hold"):
+        check_views(spoilt, 3, IMAGES, SIZE, Path("labels"))
 
 
 def test_settings_come_from_either_stage() -> None:

@@ -96,8 +96,20 @@ def test_images_leave_as_a_folder_of_the_first_ids(dataset, tmp_path):
     files = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png"))
     assert files == [f"new{k:03d}/class{k:03d}_id000.png" for k in range(5)]
     assert int(np.asarray(Image.open(tmp_path / "out" / files[3])).max()) == 30
-    with pytest.raises(UserError, match="holds files"):
-        export_artifact(images, tmp_path / "out")
+    # what a killed export left: some files, and one that was being written
+    (tmp_path / "out" / files[3]).unlink()
+    (tmp_path / "out" / "new003" / ".fd2fast-tmp-1-x.png").write_bytes(b"half")
+    assert export_artifact(images, tmp_path / "out", ipc=1).startswith("wrote 5 images, 1 of each class")
+    assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png")) == files
+    export_artifact(images, tmp_path / "two")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    (tmp_path / "changed" / "new003").mkdir(parents=True)
+    (tmp_path / "changed" / files[3]).write_bytes(b"mine")
+    for name in ("two", "other", "changed"):
+        with pytest.raises(UserError, match="holds files of something else"):
+            export_artifact(images, tmp_path / name, ipc=1)
+    assert (tmp_path / "changed" / files[3]).read_bytes() == b"mine"
     with pytest.raises(UserError, match="ipc must be 1 to 2"):
         export_artifact(images, tmp_path / "more", ipc=3)
 

@@ -1,0 +1,260 @@
+"""Commands of fd2fast in forked processes: begun in milliseconds, alone or two as one job, watched and ended."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# read when torch and fd2fast are imported: runs are compared byte for byte
+os.environ.update(OMP_NUM_THREADS="1", FD2FAST_TUNE="0", FD2FAST_PROGRESS="0", CUDA_VISIBLE_DEVICES="")
+
+PATIENCE = 60.0  # seconds after which a command counts as hung
+GRACE = 10.0  # seconds that a process has to end after a signal, and what it began after its end
+
+
+# What commands import, also late.
+MODULES = (
+    *(f"fd2fast.{name}" for name in ("cli", "engine", "pipeline", "student", "info", "baselines", "data.prepare")),
+    *(
+        f"fd2fast.stages.{name}"
+        for name in ("distill", "evaluate", "exchange", "patches", "pretrain", "relabel", "report")
+    ),
+    *(
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "matplotlib.font_manager",
+        "scipy.io",
+        "timm",
+        "torchvision",
+    ),
+    *(
+        "torch._dynamo",
+        "torch.distributed",
+        "tyro",
+        "tyro.constructors",
+        "tyro._backends",
+        "multiprocessing.synchronize",
+    ),
+)
+
+
+def load() -> None:
+    """Import everything that a command may need, once for all forks; nothing is computed here."""
+    for name in MODULES:
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    from fd2fast import engine, student
+    from fd2fast.stages import relabel
+
+    # saves as often as there can be any, so that accidents meet them
+    engine._SAVE_SECONDS = relabel.SAVE_SECONDS = student.SAVE_SECONDS = 0.0  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended. code: exit code, or minus the signal, of the first process that did not end well (0: all did)."""
+
+    code: int
+    out: str
+    errors: str
+    seconds: float
+    hung: bool = False
+    orphans: int = 0
+
+    @property
+    def reason(self) -> str:
+        """What it said, without most of a traceback."""
+        lines = [line for line in self.errors.splitlines() if line.strip() and not line.startswith(" ")]
+        return " ".join(" | ".join(lines).split())[-400:]
+
+
+class Job:
+    """A command in `world` processes, which share the environment of a torchrun job where there are several."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        world: int = 1,
+        before: Callable[[], None] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ):
+        """before: called in each process ahead of the command; environment: what it has more."""
+        self._began = time.monotonic()
+        self._words = {"out": b"", "err": b""}
+        self._pipes: list[tuple[str, int]] = []
+        port = _free_port() if world > 1 else 0
+        self.codes: dict[int, int | None] = {}
+        for rank in range(world):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            job = {name: str(value) for name, value in place.items()} if world > 1 else {}
+            job |= environment or {}
+            self.codes[self._fork(list(arguments), job, before)] = None
+
+    def _fork(self, arguments: list[str], job: dict[str, str], before: Callable[[], None] | None) -> int:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # not files: limits on those are among the trials
+        pipes = {"out": os.pipe(), "err": os.pipe()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # no thread of this process computes
+            child = os.fork()
+        if child:
+            for name, (reading, writing) in pipes.items():
+                os.close(writing)
+                os.set_blocking(reading, False)
+                self._pipes.append((name, reading))
+            return child
+        code = 1
+        try:
+            os.setsid()
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(pipes[name][1], number)
+                for end in pipes[name]:
+                    os.close(end)
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.update(job)
+            if before is not None:
+                before()
+            from fd2fast import cli
+
+            code = cli.main(arguments)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            # as the interpreter ends, without the fork's parts of this process
+            with contextlib.suppress(BaseException):
+                threading._shutdown()  # type: ignore[attr-defined]
+                atexit._run_exitfuncs()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(BaseException):
+                    stream.flush()
+            os._exit(code)
+
+    @property
+    def running(self) -> list[int]:
+        """Process ids that have not ended."""
+        self._read()
+        for pid, code in self.codes.items():
+            if code is None:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+        return [pid for pid, code in self.codes.items() if code is None]
+
+    def _read(self) -> None:
+        for name, pipe in self._pipes:
+            with contextlib.suppress(BlockingIOError):
+                while words := os.read(pipe, 1 << 16):
+                    self._words[name] += words
+
+    def send(self, number: int, pids: Sequence[int] | None = None) -> None:
+        """A signal to all of its processes that run, or to those given."""
+        for pid in self.running if pids is None else pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait(self, until: Callable[[], bool] | None = None, patience: float = PATIENCE) -> Ended:
+        """Wait for its end (or until `until` is true, then see `ended`); as torchrun does, the death of one ends the others."""
+        deadline = time.monotonic() + patience
+        hung = False
+        while running := self.running:
+            if until is not None and until():
+                break
+            if any(code not in (None, 0) for code in self.codes.values()):
+                self.send(signal.SIGTERM)
+                self._gone(GRACE)
+                self.send(signal.SIGKILL)
+                self._gone(GRACE)
+                break
+            if time.monotonic() > deadline:
+                hung = True
+                self.send(signal.SIGKILL, running)
+                self._gone(GRACE)
+                break
+            time.sleep(0.004)
+        return self.ended(hung)
+
+    def _gone(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.running and time.monotonic() < deadline:
+            time.sleep(0.004)
+        return not self.running
+
+    def ended(self, hung: bool = False) -> Ended:
+        """How it stands now."""
+        codes = [code for code in self.codes.values() if code is not None]
+        running = bool(self.running)
+        seconds = time.monotonic() - self._began
+        orphans = 0 if running else self._orphans()
+        self._read()
+        if not running:
+            for _, pipe in self._pipes:
+                os.close(pipe)
+            self._pipes.clear()
+        out, errors = (self._words[name].decode("utf-8", "replace") for name in ("out", "err"))
+        return Ended(next((c for c in codes if c), 0), out, errors, seconds, hung, orphans)
+
+    def _orphans(self) -> int:
+        """Processes of its sessions that outlive it by GRACE seconds; they are ended."""
+        deadline = time.monotonic() + GRACE
+        while left := _of_sessions(set(self.codes)):
+            if time.monotonic() > deadline:
+                for pid in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                break
+            time.sleep(0.02)
+        return len(left)
+
+
+def run(
+    arguments: Sequence[str],
+    *,
+    world: int = 1,
+    before: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+    patience: float = PATIENCE,
+) -> Ended:
+    """The command from begin to end."""
+    return Job(arguments, world=world, before=before, environment=environment).wait(patience=patience)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _of_sessions(sessions: set[int]) -> list[int]:
+    """Living processes of these sessions, without those that have ended and wait for their parent."""
+    found = []
+    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else []:
+        if not entry.name.isdigit():
+            continue
+        try:
+            state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+        except (OSError, ValueError):
+            continue
+        if int(session) in sessions and state not in "ZX":
+            found.append(int(entry.name))
+    return found

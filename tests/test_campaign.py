@@ -1,0 +1,153 @@
+"""The campaign's tools, and a few seconds of each campaign; the long ones are run by hand (tests/campaign/README.md)."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from campaign import material, mutate, power, results
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the campaign's tools know Linux")
+
+
+SHORT = """
+import sys
+from tests.campaign import faults, inputs, kills
+out = ["--out", sys.argv[1]]
+kills.main([*out, "--count", "2", "--only", "patches"])
+kills.main([*out, "--count", "3", "--only", "distill", "--torchrun", "0"])
+faults.main([*out, "--count", "3", "--only", "patches"])
+for kind in ("image", "TOML", "checkpoint", "arrays", "annotations"):
+    inputs.main([*out, "--count", "12", "--only", kind])
+"""
+
+
+def test_a_few_seconds_of_each_campaign(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", SHORT, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("kills", "faults", "inputs")}
+    assert [trial for one in found.values() for trial in one["faults"]] == []
+    assert {name: one["trials"] for name, one in found.items()} == {"kills": 5, "faults": 3, "inputs": 60}
+
+
+def layered(code: str, folder: Path, before: str) -> subprocess.CompletedProcess[str]:
+    """Python code above a layer, in an interpreter of its own."""
+    script = f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from campaign import layer
+root = Path({str(folder)!r})
+{before}
+{code}
+"""
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+WRITES = """
+(root / "a").mkdir()
+with open(root / "a" / "safe", "wb") as file:
+    file.write(b"1" * 5000)
+    file.flush()
+    os.fsync(file.fileno())
+(root / "a" / "lost").write_bytes(b"2" * 5000)
+os.replace(root / "a" / "safe", root / "renamed")
+"""
+
+
+def test_the_layer_sees_every_operation(tmp_path: Path) -> None:
+    done = layered(WRITES, tmp_path, "layer.counter(root, root.parent / 'counted')()")
+    assert done.returncode == 0, done.stderr
+    kinds = (tmp_path.parent / "counted").read_text().split()
+    (tmp_path.parent / "counted").unlink()
+    assert kinds == ["mkdir", "create", "write", "sync", "create", "write", "rename"]
+
+
+def test_the_layer_fails_where_it_is_told(tmp_path: Path) -> None:
+    done = layered(WRITES, tmp_path, f"layer.failing(root, 5, {errno.ENOSPC}, True)()")
+    assert f"OSError: [Errno {errno.ENOSPC}]" in done.stderr
+    assert (tmp_path / "a" / "safe").is_file()
+    assert not (tmp_path / "renamed").exists()
+
+
+def test_a_power_cut_loses_what_was_not_synced_and_no_more(tmp_path: Path) -> None:
+    folder, journal = tmp_path / "disk", tmp_path / "journal"
+    folder.mkdir()
+    old = {str(folder / "old"): b"old"}
+    synced = "os.fsync(os.open(root / 'a', os.O_RDONLY)); os.fsync(os.open(root, os.O_RDONLY))"
+    (folder / "old").write_bytes(b"old")
+    done = layered(WRITES + synced, folder, f"layer.Layer(root, lambda *_: None, Path({str(journal)!r})).install()")
+    assert done.returncode == 0, done.stderr
+    lost = set()
+    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for seed in range(30):
+        power.cut(folder, old, set(), journal, random.Random(seed))
+        assert (folder / "old").read_bytes() == b"old"
+        assert (folder / "renamed").read_bytes() == b"1" * 5000
+        lost.add((folder / "a" / "lost").read_bytes())
+        for path, content in whole.items():
+            path.write_bytes(content)
+    assert {b"", b"2" * 5000, bytes(5000)} < lost
+    # without the folders' syncs, names go too
+    log = (journal / "log").read_text().splitlines()
+    (journal / "log").write_text("\n".join(log[:-2]) + "\n")
+    seen = set()
+    for seed in range(60):
+        power.cut(folder, old, set(), journal, random.Random(seed))
+        seen.add((folder / "renamed").is_file())
+        (folder / "a").mkdir(exist_ok=True)
+        for path, content in whole.items():
+            path.write_bytes(content)
+    assert seen == {True, False}
+
+
+def test_mutations_are_repeatable_and_differ() -> None:
+    made = [mutate.damaged(b"some bytes of a file" * 9, random.Random(seed)) for seed in range(200)]
+    assert made == [mutate.damaged(b"some bytes of a file" * 9, random.Random(seed)) for seed in range(200)]
+    assert len(set(made)) > 150
+    values = [json.dumps(mutate.value({"a": [1, 2], "b": {"c": "d"}}, random.Random(seed))) for seed in range(200)]
+    assert len(set(values)) > 100
+
+
+def test_hostile_pickles_are_hostile(tmp_path: Path) -> None:
+    """Or their refusal would prove nothing."""
+    import pickle
+
+    for way in range(5):
+        canary = tmp_path / f"canary {way}"
+        done = pickle.loads(pickle.dumps(mutate.Evil(canary, way)))
+        if way == 2:
+            done.close()
+        assert canary.exists()
+
+
+def test_results_go_on_where_they_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[str] = []
+
+    def trial(key: str) -> results.Trial:
+        asked.append(key)
+        return results.Trial(key, "even" if int(key) % 2 == 0 else "odd", {"read": 1}, "bad" if key == "3" else "")
+
+    results.Results(tmp_path, "some").run(["0", "1"], trial)
+    again = results.Results(tmp_path, "some")
+    again.run([str(number) for number in range(4)], trial)
+    assert asked == ["0", "1", "2", "3"]
+    assert "| all | 4 | 4 | 1 |" in again.table()
+    assert json.loads((tmp_path / "some.json").read_text())["faults"][0]["key"] == "3"
+    assert "- `3`: bad" in (tmp_path / "some.md").read_text()
+
+
+def test_differences_are_named() -> None:
+    wanted = {"a": "1", "b": "2", "c": "3"}
+    assert material.difference(dict(wanted), wanted) == ""
+    assert (
+        material.difference({"a": "1", "b": "x", "d": "4"}, wanted)
+        == "missing: c (1); left over: d (1); other bytes: b (1)"
+    )
