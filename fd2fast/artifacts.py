@@ -671,7 +671,7 @@ class _Wanted:
             if (json.loads(begun.read_text()).get("inputs") or {}) == self.inputs:
                 return
         write_json(begun, {**beginning, "places": self.places})
-        for folder in (begun.parent, begun.parents[1], begun.parents[2]):
+        for folder in Path(os.path.abspath(begun)).parents[:3]:  # its own, the artifact's, and that one's
             sync_folder(folder)
 
     def must_be_of(self, known: Path, path: Path) -> None:
