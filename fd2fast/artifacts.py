@@ -345,9 +345,9 @@ def load(path: Path | str, kind: str | None = None) -> Artifact:
     """Read a finished artifact; UserError if it is missing, unfinished, of another kind or from a newer version."""
     path = Path(path)
     file = path / MANIFEST
-    if not path.is_dir():
+    if not os.path.isdir(path):  # which takes names of any length
         raise UserError(f"{path} does not exist; wanted the folder of a {kind or 'stage'} artifact")
-    if not file.is_file():
+    if not os.path.isfile(file):
         state = "an unfinished one: run its command again" if (path / STATE).exists() else "it has no manifest.json"
         if maker := lock.in_use_by(path):
             state = f"it is being made by {maker}"
