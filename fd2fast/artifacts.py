@@ -387,6 +387,8 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
         isinstance(parent, dict) and isinstance(parent.get("id"), str) for parent in manifest["parents"].values()
     ):
         return "parents have no ids"
+    if type(manifest["measured"].get("seconds")) not in (int, float):
+        return "measured has no seconds"
     if manifest["id"] != identity_digest(manifest):
         return "its id is not that of what it says, so it was changed after it was made"
     return ""
