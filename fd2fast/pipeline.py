@@ -487,13 +487,11 @@ def report_of(out: Path | str) -> str:
         raise UserError(f"{out} holds no finished run (run.json is missing): run the same fd2fast run again")
     again = "run the same fd2fast run again"
     index = artifacts.read_json(out / "run.json", "a run's index", again)
-    lists = [index.get(name) for name in ("teachers", "images", "metrics")] if isinstance(index, dict) else []
-    names = (
-        [index.get("dataset"), *(lists[0] + lists[1] + lists[2])]
-        if lists and all(type(i) is list for i in lists)
-        else []
-    )
-    if not names or not all(isinstance(name, str) for name in names):
+    named: Any = index if isinstance(index, dict) else {}
+    folders = [named.get("dataset")]
+    for name in ("teachers", "images", "metrics"):
+        folders += named[name] if isinstance(named.get(name), list) else [None]
+    if not all(isinstance(folder, str) for folder in folders):
         raise UserError(f"{out / 'run.json'} is damaged: it does not list the run's folders; {again}")
     load = artifacts.load
     return report.run(
