@@ -345,9 +345,9 @@ def load(path: Path | str, kind: str | None = None) -> Artifact:
     """Read a finished artifact; UserError if it is missing, unfinished, of another kind or from a newer version."""
     path = Path(path)
     file = path / MANIFEST
-    if not path.is_dir():
+    if not os.path.isdir(path):  # which takes names of any length
         raise UserError(f"{path} does not exist; wanted the folder of a {kind or 'stage'} artifact")
-    if not file.is_file():
+    if not os.path.isfile(file):
         state = "an unfinished one: run its command again" if (path / STATE).exists() else "it has no manifest.json"
         if maker := lock.in_use_by(path):
             state = f"it is being made by {maker}"
@@ -387,6 +387,8 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
         isinstance(parent, dict) and isinstance(parent.get("id"), str) for parent in manifest["parents"].values()
     ):
         return "parents have no ids"
+    if type(manifest["measured"].get("seconds")) not in (int, float):
+        return "measured has no seconds"
     if manifest["id"] != identity_digest(manifest):
         return "its id is not that of what it says, so it was changed after it was made"
     return ""
@@ -671,7 +673,7 @@ class _Wanted:
             if (json.loads(begun.read_text()).get("inputs") or {}) == self.inputs:
                 return
         write_json(begun, {**beginning, "places": self.places})
-        for folder in (begun.parent, begun.parents[1], begun.parents[2]):
+        for folder in Path(os.path.abspath(begun)).parents[:3]:  # its own, the artifact's, and that one's
             sync_folder(folder)
 
     def must_be_of(self, known: Path, path: Path) -> None:

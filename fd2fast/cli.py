@@ -445,6 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if shutil.get_terminal_size().columns < _NARROWEST:
         os.environ["COLUMNS"] = str(_NARROWEST)
+    stopping.be_deaf_at_exit()
     try:
         with stopping.raising(lambda number: _stopped(arguments[0], number)):
             show_notes()

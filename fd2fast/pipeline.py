@@ -485,7 +485,14 @@ def report_of(out: Path | str) -> str:
     out = Path(out)
     if not (out / "run.json").exists():
         raise UserError(f"{out} holds no finished run (run.json is missing): run the same fd2fast run again")
-    index = artifacts.read_json(out / "run.json", "a run's index", "run the same fd2fast run again")
+    again = "run the same fd2fast run again"
+    index = artifacts.read_json(out / "run.json", "a run's index", again)
+    named: Any = index if isinstance(index, dict) else {}
+    folders = [named.get("dataset")]
+    for name in ("teachers", "images", "metrics"):
+        folders += named[name] if isinstance(named.get(name), list) else [None]
+    if not all(isinstance(folder, str) for folder in folders):
+        raise UserError(f"{out / 'run.json'} is damaged: it does not list the run's folders; {again}")
     load = artifacts.load
     return report.run(
         out / "report",

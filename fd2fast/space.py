@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -67,13 +66,11 @@ def folder_faults(path: Path) -> list[str]:
     if long := [part for part in path.parts if len(os.fsencode(part)) > LONGEST_NAME]:
         return [f"out {path}: {long[0][:20]!r}... is longer than {LONGEST_NAME} bytes; choose a shorter name"]
     try:
-        handle, name = tempfile.mkstemp(dir=there, prefix=".fd2fast-tmp-")
+        # has no name, or loses it at once: a kill leaves nothing
+        with tempfile.TemporaryFile(dir=there, prefix=".fd2fast-tmp-"):
+            return []
     except OSError as error:
         return [f"out {path}: {there} cannot be written ({error.strerror or error}); choose another folder"]
-    os.close(handle)
-    with contextlib.suppress(OSError):
-        os.unlink(name)
-    return []
 
 
 def must_hold(path: Path, needed: Space, what: str) -> tuple[list[str], list[str]]:

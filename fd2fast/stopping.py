@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -27,6 +29,13 @@ class Stopped(KeyboardInterrupt):
 def exit_code(error: KeyboardInterrupt) -> int:
     """128 + the signal's number: 130 for the keyboard, 143 for SIGTERM."""
     return 128 + (error.signal if isinstance(error, Stopped) else int(signal.SIGINT))
+
+
+@functools.cache
+def be_deaf_at_exit() -> None:
+    """While the interpreter ends, when the work is done, another Ctrl-C is not answered with tracebacks of its clean-up."""
+    if threading.current_thread() is threading.main_thread():
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

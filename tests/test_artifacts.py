@@ -219,6 +219,7 @@ def test_arrays_come_back_as_they_were(tmp_path, array):
         ({"files": ["a"]}, "files is a list"),
         ({"parents": {"dataset": "x"}}, "parents have no ids"),
         ({"id": 3}, "id is a int"),
+        ({"measured": {"seconds": "long"}}, "measured has no seconds"),
         ({"id": "0" * 64}, "its id is not that of what it says"),
         ({"facts": {"train": 10**9}}, "its id is not that of what it says"),
         ({"size": 65}, "its id is not that of what it says"),

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from campaign import material, mutate, power, results
+from campaign import faults, material, mutate, power, results
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the campaign's tools know Linux")
@@ -142,6 +142,18 @@ def test_results_go_on_where_they_stopped(tmp_path: Path, capsys: pytest.Capture
     assert "| all | 4 | 4 | 1 |" in again.table()
     assert json.loads((tmp_path / "some.json").read_text())["faults"][0]["key"] == "3"
     assert "- `3`: bad" in (tmp_path / "some.md").read_text()
+
+
+def test_faults_are_spread_over_their_kinds() -> None:
+    keys = [f"distill/memory/{n}" for n in range(500)] + [f"distill/EIO/{n}" for n in range(20)] + ["report/EIO/0"]
+    chosen = faults.spread(keys, 11, seed=0)
+    assert [sum(key.startswith(kind) for key in chosen) for kind in ("distill/memory", "distill/EIO", "report")] == [
+        5,
+        5,
+        1,
+    ]
+    assert len(set(chosen)) == 11
+    assert chosen == faults.spread(keys, 11, seed=0) != faults.spread(keys, 11, seed=1)
 
 
 def test_differences_are_named() -> None:

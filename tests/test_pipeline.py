@@ -149,6 +149,29 @@ def test_report_of_nothing_is_refused(tmp_path, capsys):
     assert "run.json is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "3",
+        "{}",
+        '{"dataset": 1, "teachers": [], "images": [], "metrics": []}',
+        '{"dataset": "d", "teachers": 3}',
+        '{"dataset": "d", "teachers": [["t"]], "images": [], "metrics": []}',
+    ],
+)
+def test_a_damaged_index_of_a_run_is_named(tmp_path, content, capsys):
+    (tmp_path / "run.json").write_text(content)
+    assert cli.main(["report", "--run", str(tmp_path)]) == 2
+    assert "run.json is damaged" in capsys.readouterr().err
+
+
+def test_an_index_with_a_name_no_folder_can_have_is_refused(tmp_path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps({"dataset": "x" * 5000, "teachers": [], "images": [], "metrics": []}))
+    assert cli.main(["report", "--run", str(tmp_path)]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
 def test_entries():
     assert parse_entry("random").labels == "hard"
     assert parse_entry("rded").labels == "soft"

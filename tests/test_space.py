@@ -53,7 +53,7 @@ def test_folders_that_cannot_be_written_are_named(tmp_path, monkeypatch):
     def refused(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "mkstemp", refused)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
     (fault,) = space.folder_faults(tmp_path / "new")
     assert fault == f"out {tmp_path / 'new'}: {tmp_path} cannot be written (Permission denied); choose another folder"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -308,10 +309,35 @@ def _aircraft(root: Path, level: str) -> Listing:
     return Listing(data, classes, read(lists["trainval"]), read(lists["test"]))
 
 
+def _crashes(call: Callable[[], object]) -> bool:
+    """Whether a call ends its process, tried in a forked one where the system has forks; its exceptions do not count."""
+    if not hasattr(os, "fork"):
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of other threads: the call needs none of their locks
+        child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) < 0
+    try:
+        import faulthandler
+        import resource
+
+        faulthandler.disable()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        call()
+    finally:
+        os._exit(0)
+
+
 def _mat(path: Path, what: str) -> dict[str, Any]:
     from scipy.io import loadmat
 
     _need_file(path, what)
+    if _crashes(lambda: loadmat(path, squeeze_me=True)):
+        raise UserError(
+            f"{path} is not a readable MATLAB file of {what}: it is damaged so that it crashes SciPy's reader"
+        )
     try:
         return loadmat(path, squeeze_me=True)
     except Exception as error:  # scipy raises many kinds for a damaged file

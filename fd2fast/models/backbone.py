@@ -335,7 +335,11 @@ def load_state(
         )
         state = {key: value for key, value in state.items() if key not in head}
     check_values(state, origin=origin)
-    net.load_state_dict(state, strict=False)
+    try:
+        net.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a tensor of right shape that cannot be copied: sparse, without data
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{origin} cannot be loaded into {backbone.name}: {reason}") from error
     for notice in notices:
         log.warning("%s: %s", origin, notice)
     return notices

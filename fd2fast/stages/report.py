@@ -154,8 +154,9 @@ def _percent(mean: float | None, std: float | None = None) -> str:
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
-def _seconds(value: float | None) -> str:
-    if value is None:
+def _seconds(value: Any) -> str:
+    # times are not part of an artifact's identity: they may have been changed to anything
+    if type(value) not in (int, float):
         return "unknown"
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 

@@ -145,13 +145,22 @@ def _out_of_memory(at: int, kind: str, counted: Path | None = None) -> Callable[
     return before
 
 
+def spread(keys: list[str], count: int, seed: int) -> list[str]:
+    """So many of the trials, drawn in turn from each stage and kind of fault, however many of its kind there are."""
+    groups: dict[str, list[str]] = {}
+    for key in random.Random(seed).sample(keys, len(keys)):
+        groups.setdefault(key.rpartition("/")[0], []).append(key)
+    turns = [(place, group, key) for group, held in groups.items() for place, key in enumerate(held)]
+    return [key for _, _, key in sorted(turns)[:count]]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; 1 where a trial went wrong."""
     given = results.options(__doc__.splitlines()[0], 2000).parse_args(arguments)
     found = results.Results(given.out, "faults")
     faults = Faults(given.out.resolve(), given.only)
     keys = faults.keys()
-    chosen = random.Random(given.seed).sample(keys, min(given.count, len(keys)))
+    chosen = spread(keys, given.count, given.seed)
     print(f"{len(keys)} faults known, {len(chosen)} tried", file=sys.stderr)
     found.run(chosen, faults.trial)
     return results.end(found)

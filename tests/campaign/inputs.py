@@ -20,6 +20,7 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -46,7 +47,6 @@ CHANGES = {
 NEVER = (
     "os.system",
     "os.exec",
-    "os.fork",
     "os.forkpty",
     "os.posix_spawn",
     "subprocess.Popen",
@@ -65,6 +65,8 @@ class Room:
     def clear(self) -> None:
         shutil.rmtree(self.here, ignore_errors=True)
         self.here.mkdir(parents=True)
+        os.chdir(self.here)  # where paths without a folder lead
+        tempfile.tempdir = str(self.here)
         self.canary.unlink(missing_ok=True)
 
     def good(self, name: str) -> Path:
@@ -83,18 +85,24 @@ Kind = Callable[[Room, random.Random], Callable[[], Any]]
 
 def image(room: Room, rng: random.Random) -> Callable[[], Any]:
     """One image file of any format, with its ending or another's."""
+    import numpy as np
     from PIL import Image
 
     from fd2fast.data.pixels import decode, read_image, resized
 
     good = Image.open(rng.choice(sorted(room.data.rglob("*.png")))).convert("RGB")
-    good = good.convert(rng.choice(("RGB", "RGB", "L", "P", "RGBA", "CMYK", "I;16", "1")))
+    mode = rng.choice(("RGB", "RGB", "L", "P", "RGBA", "CMYK", "I;16", "1"))
+    if mode == "I;16":
+        good = Image.fromarray(np.asarray(good.convert("L")).astype(np.uint16) * 257)
+    else:
+        good = good.convert(mode)
     kind = rng.choice(("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM"))
     buffer = io.BytesIO()
     try:
         good.save(buffer, kind)
-    except OSError:
-        good.convert("RGB").save(buffer, kind)
+    except (OSError, ValueError):  # a format without this mode
+        buffer = io.BytesIO()
+        Image.new("RGB", good.size, (90, 60, 30)).save(buffer, kind)
     content = mutate.damaged(buffer.getvalue(), rng, other=b"P6 99999 99999 255 ")
     if rng.random() < 0.1:
         side = rng.choice((0, 1, 70_000, 2**31 - 1))

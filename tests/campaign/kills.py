@@ -114,7 +114,7 @@ class Kills:
             "fd2fast",
         ]
         # what one process takes alone, and what three interpreters take to begin
-        delay = 4 + rng.random() * (4 * self.expected[stage.name].seconds + 8)
+        delay = 3 + rng.random() * (2 * self.expected[stage.name].seconds + 6)
         kind = rng.choice(("SIGTERM", "SIGINT"))
         with open(self.folder / "torchrun.txt", "w", encoding="utf-8") as file:
             process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -518,4 +519,21 @@ def test_the_number_of_entries_has_an_end(tmp_path: Path, monkeypatch: pytest.Mo
 def test_cars_classes_that_are_none_are_named(value: object, told: str, tmp_path: Path) -> None:
     home = cars_single(tmp_path / "cars", classes=(1, value, 2, 1, 2, 3))
     with pytest.raises(UserError, match=told):
+        read_layout("cars", home)
+
+
+def test_a_file_that_crashes_the_reader_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SciPy's does on some damaged files: the process ends, and there is no exception."""
+    import scipy.io
+
+    home, begun = cars_single(tmp_path / "cars"), os.getpid()
+    real = scipy.io.loadmat
+
+    def crashes(*arguments: object, **named: object) -> object:
+        if os.getpid() != begun:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(scipy.io, "loadmat", crashes)
+    with pytest.raises(UserError, match=r"cars_annos\.mat is not a readable MATLAB file .* crashes SciPy's reader"):
         read_layout("cars", home)

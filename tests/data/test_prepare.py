@@ -247,6 +247,23 @@ def test_damaged_state_is_made_anew(tmp_path: Path, config: DataConfig) -> None:
                 prepare(config, out)
         (out / "state" / damage).write_bytes(b"\x93NUMPY{")
         assert prepare(config, out).id == whole.id
+    # a header that numpy's parser stumbles over, an archive, pixels of another type and of another size
+    with open(tmp_path / "archive", "wb") as file:
+        np.savez(file, np.zeros(3))
+    header = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '|u1', 'shape': ((,".ljust(117) + b"\n"
+    contents_of = [header, (tmp_path / "archive").read_bytes()]
+    for array in (np.zeros((12, 3, 16, 16), np.float32), np.zeros((12, 3, 5, 5), np.uint8)):
+        with open(tmp_path / "array", "wb") as file:
+            np.save(file, array)
+        contents_of.append((tmp_path / "array").read_bytes())
+    for n, content in enumerate(contents_of):
+        out = tmp_path / f"other{n}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_finish", lambda *args: (_ for _ in ()).throw(Killed()))
+            with pytest.raises(Killed):
+                prepare(config, out)
+        (out / "state" / "train.npy").write_bytes(content)
+        assert prepare(config, out).id == whole.id
 
 
 def test_no_space_left_is_said_before_anything_is_written(tmp_path: Path, config: DataConfig, monkeypatch) -> None:
