@@ -1,15 +1,22 @@
 """Benches of scale, stages and comparison: what is computed follows from the plan, noise is not a change, files are written."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 from bench_tools import load_bench
 
+from fd2fast.artifacts import open_stage
 from fd2fast.planner import make_plan
 
 compare, pipeline, results, scale = (load_bench(name) for name in ("compare", "pipeline", "results", "scale"))
 
 TINY = ["--quick", "--device", "cpu", "--precision", "fp32", "--rounds", "2"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of an artifact that has none."""
 
 
 def test_scale_writes_every_part(tmp_path, capsys):
@@ -87,13 +94,10 @@ def test_cub_from_a_measured_step(tmp_path):
 def test_stages_are_read_from_manifests(tmp_path):
     run = tmp_path / "run"
     for name, seconds, finished in (("teachers/a", 5.0, "2"), ("dataset", 1.5, "1")):
-        (run / name).mkdir(parents=True)
-        manifest = {
-            "schema": 1,
-            "kind": name.split("/")[0],
-            "measured": {"seconds": seconds, "peak_memory_bytes": 7_000_000},
-        }
-        manifest["measured"]["finished"] = finished
+        stage = open_stage(run / name, name.split("/")[0], Settings(), {})
+        made = stage.finish(classes=["a"], size=8, mean=[0.5] * 3, std=[0.5] * 3)
+        measured = {"seconds": seconds, "peak_memory_bytes": 7_000_000, "finished": finished}
+        manifest = {**made.manifest, "measured": measured}
         (run / name / "manifest.json").write_text(json.dumps(manifest))
     (run / "run.json").write_text("{}")
     assert pipeline.main(["--parts", "stages", "--run", str(run), "--out", str(tmp_path)]) == 0

@@ -207,6 +207,7 @@ def test_a_prepared_data_set_is_enough(tmp_path):
     made = make_dataset(tmp_path / "out" / "dataset", per_class=(5, 6, 7))
     manifest = json.loads((made.path / "manifest.json").read_text())
     manifest["config"] = artifacts.config_dict(data)
+    manifest["id"] = artifacts.identity_digest(manifest)
     (made.path / "manifest.json").write_text(json.dumps(manifest))
     assert check(config).faults == ["random at IPC 6 needs 6 training images of each class; too few in: class 0 (5)"]
 

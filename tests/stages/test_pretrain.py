@@ -293,7 +293,7 @@ def test_weights_are_loaded_and_become_part_of_the_identity(tmp_path, dataset):
     loaded = load_teacher(artifact).backbone.net.state_dict()
     assert torch.allclose(loaded["conv1.0.weight"], source.net.state_dict()["conv1.0.weight"], atol=1e-6)
     assert artifact.facts["weights_sha256"] == artifacts.file_digest(tmp_path / "w.pth")
-    assert artifact.facts["notices"][0].startswith("head fc of the weights is (7, 16)")
+    assert artifact.facts["notices"][0].startswith("head fc is (7, 16) in the weights")
 
 
 @pytest.fixture(scope="module")
