@@ -427,25 +427,14 @@ def obstacle(path: Path | str, kind: str, config: Any) -> str | None:
         return None  # an interrupted --overwrite, which is completed
     try:
         if known is None:
-            foreign = any(
-                one.name not in (STATE, STAMPS) and not one.name.startswith(lock.OURS) for one in path.iterdir()
-            )
-            return f"{path} holds other files; wanted an empty or new folder for the {kind}" if foreign else None
+            return _holds_foreign(path, kind) or None
         found = json.loads(known.read_text())
-        recorded = {"kind": found["kind"], "config": found["config"]}
-        if found["kind"] == kind:
-            recorded["config"] = _settings(config, found["config"])
-        difference = _first_difference(recorded, {"kind": kind, "config": _settings(config, config_dict(config))})
+        difference = _other_result(found, kind, config)
     except OSError as error:
         return f"{known or path} cannot be read: {error.strerror or error}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{known} is damaged ({error}); remove {path} and run again"
-    if not difference:
-        return None
-    return (
-        f"{path} holds a {found['kind']} made with other settings: {difference}; "
-        "choose another output folder, or --overwrite to make it anew"
-    )
+    return _holds_other(path, found, difference) if difference else None
 
 
 class Stage:
@@ -687,10 +676,7 @@ class _Wanted:
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{known} is damaged ({error}); remove {path} and run again") from error
         if difference:
-            raise UserError(
-                f"{path} holds a {found['kind']} made with other settings: {difference}; "
-                "choose another output folder, or --overwrite to make it anew"
-            )
+            raise UserError(_holds_other(path, found, difference))
         if other:
             raise UserError(
                 f"{path} holds a {found['kind']} that was made from something else: {other}; "
@@ -700,10 +686,21 @@ class _Wanted:
             _say_once(f"{path}: {note}")
 
 
-def _other_result(found: dict[str, Any], kind: str, config: Any, parents: dict[str, dict[str, str]]) -> str:
-    """The first difference in kind, settings or parents, "" if there is none."""
-    recorded = {"kind": found["kind"], "config": found["config"], "parents": found["parents"]}
-    wanted = {"kind": kind, "config": _settings(config, config_dict(config)), "parents": parents}
+def _holds_other(path: Path, found: dict[str, Any], difference: str) -> str:
+    return (
+        f"{path} holds a {found['kind']} made with other settings: {difference}; "
+        "choose another output folder, or --overwrite to make it anew"
+    )
+
+
+def _other_result(
+    found: dict[str, Any], kind: str, config: Any, parents: dict[str, dict[str, str]] | None = None
+) -> str:
+    """The first difference in kind, settings or parents (None: whichever they are), "" if there is none."""
+    recorded = {"kind": found["kind"], "config": found["config"]}
+    wanted = {"kind": kind, "config": _settings(config, config_dict(config))}
+    if parents is not None:
+        recorded["parents"], wanted["parents"] = found["parents"], parents
     if found["kind"] == kind:
         recorded["config"] = _settings(config, found["config"])
     difference = _first_difference(recorded, wanted)
@@ -727,9 +724,15 @@ def _known(path: Path) -> Path | None:
 
 
 def _foreign(path: Path, kind: str) -> None:
-    if path.is_dir() and _known(path) is None:
-        if any(p.name not in (STATE, STAMPS) and not p.name.startswith(lock.OURS) for p in path.iterdir()):
-            raise UserError(f"{path} holds other files; wanted an empty or new folder for the {kind}")
+    if path.is_dir() and _known(path) is None and (fault := _holds_foreign(path, kind)):
+        raise UserError(fault)
+
+
+def _holds_foreign(path: Path, kind: str) -> str:
+    """What is wrong with a folder that is none of fd2fast's; "" for an empty one."""
+    if any(p.name not in (STATE, STAMPS) and not p.name.startswith(lock.OURS) for p in path.iterdir()):
+        return f"{path} holds other files; wanted an empty or new folder for the {kind}"
+    return ""
 
 
 def _found_finished(path: Path, wanted: _Wanted) -> Stage:

@@ -174,6 +174,11 @@ def free_bytes(device: torch.device) -> int:
     return min([found["MemAvailable"], *_left_of_cgroup()])
 
 
+def map_bytes(precision: str) -> int:
+    """Bytes of a value that training keeps, at least: "auto" may be half of fp32's."""
+    return 2 if precision in ("auto", "bf16", "fp16") else 4
+
+
 def beyond_memory(what: str, needed: int, device: str) -> list[str]:
     """The fault that `needed` bytes, which `what` surely takes at once, are more than the whole device (or host) has.
 

@@ -18,7 +18,7 @@ from fd2fast.data.views import VIEW_BOUNDS, batch_offsets
 from fd2fast.device import device_faults, pick_device, settle_precision
 from fd2fast.errors import UserError, refuse
 from fd2fast.lock import released_at_end
-from fd2fast.memory import beyond_memory
+from fd2fast.memory import beyond_memory, map_bytes
 from fd2fast.models.classifier import check_classifier
 from fd2fast.models.probe import probe
 from fd2fast.pictures import figure, picture, plotting, png
@@ -230,7 +230,7 @@ def faults(
     except UserError as error:
         return [*found, f"evaluate: {error}"]
     most = max(student.part_sizes(offsets, config.accumulation))
-    needed = most * seen.kept * (2 if config.precision in ("auto", "bf16", "fp16") else 4)
+    needed = most * seen.kept * map_bytes(config.precision)
     return found + beyond_memory(f"student {config.model} on {most} images at once", needed, config.device)
 
 

@@ -24,7 +24,7 @@ from fd2fast.data.store import ImageSet, load_split
 from fd2fast.device import autocast, channels_last, device_faults, pick_device, repeatable, settle_precision
 from fd2fast.errors import UserError, refuse
 from fd2fast.lock import released_at_end
-from fd2fast.memory import beyond_memory
+from fd2fast.memory import beyond_memory, map_bytes
 from fd2fast.models.attention_views import crop_and_drop
 from fd2fast.models.backbone import build_backbone, canonical_name, hub_name, load_weights, native_size
 from fd2fast.models.probe import check_weights, probe
@@ -184,7 +184,7 @@ def faults(config: PretrainConfig, data: Outline | None = None, *, hub: bool = F
         check_teacher(config.model, len(data.classes), data.size, rows, with_head=with_head)
     except UserError as error:
         return [f"pretrain of {config.model}: {error}"]
-    needed = rows * seen.kept * (2 if config.precision in ("auto", "bf16", "fp16") else 4)
+    needed = rows * seen.kept * map_bytes(config.precision)
     return found + beyond_memory(f"pretrain.batch_size {config.batch_size} with {config.model}", needed, config.device)
 
 
