@@ -108,6 +108,30 @@ def test_a_power_cut_loses_what_was_not_synced_and_no_more(tmp_path: Path) -> No
     assert seen == {True, False}
 
 
+def test_a_power_cut_does_not_undo_a_move_that_a_later_sync_brought(tmp_path: Path) -> None:
+    folder, journal = tmp_path / "disk", tmp_path / "journal"
+    (folder / "state").mkdir(parents=True)
+    (folder / "rows").write_bytes(b"rows")
+    old = {str(folder / "rows"): b"rows"}
+    moves = """
+os.replace(root / "rows", root / "state" / "rows")
+os.replace(root / "state" / "rows", root / "rows")
+os.fsync(os.open(root, os.O_RDONLY))
+"""
+    done = layered(moves, folder, f"layer.Layer(root, lambda *_: None, Path({str(journal)!r})).install()")
+    assert done.returncode == 0, done.stderr
+    for seed in range(30):
+        power.cut(folder, old, {str(folder / "state")}, journal, random.Random(seed))
+        assert (folder / "rows").read_bytes() == b"rows"
+    # moved away and that folder synced, it is there and nowhere else, whatever became of the move back
+    log = (journal / "log").read_text().splitlines()
+    (journal / "log").write_text("\n".join([*log[:-2], json.dumps(["sync", str(folder / "state")])]) + "\n")
+    (folder / "rows").rename(folder / "state" / "rows")
+    power.cut(folder, old, {str(folder / "state")}, journal, random.Random(0))
+    assert [path.name for path in folder.rglob("rows")] == ["rows"]
+    assert (folder / "state" / "rows").is_file()
+
+
 def test_mutations_are_repeatable_and_differ() -> None:
     made = [mutate.damaged(b"some bytes of a file" * 9, random.Random(seed)) for seed in range(200)]
     assert made == [mutate.damaged(b"some bytes of a file" * 9, random.Random(seed)) for seed in range(200)]

@@ -25,8 +25,9 @@ def cut(folder: Path, before: dict[str, bytes], folders: set[str], journal: Path
     """Replace what lies below `folder` by what a disk may hold; call it when no process writes there any more.
 
     before, folders: files (`keep`) and folders at the begin of the journal. Each folder has its changes of names in order, and
-    loses some of the last since it was synced; a change of one folder may be lost where a later one of another is kept. A file
-    not synced since it was written may be empty, cut short, hold zeros, or be whole. Returns counts of what was lost.
+    loses some of the last since it was synced; a change of one folder may be lost where a later one of another is kept. A move
+    between folders is one change: either folder's sync brings it, and what came before it where it went. A file not synced since
+    it was written may be empty, cut short, hold zeros, or be whole. Returns counts of what was lost.
     """
     names = {path: _File(content) for path, content in before.items()}  # as programs see them
     disk, there = dict(names), set(folders)  # as they are on the disk
@@ -47,7 +48,13 @@ def cut(folder: Path, before: dict[str, bytes], folders: set[str], journal: Path
             disk[path] = files[change]
 
     def sync_folder(path: str) -> None:
-        for change in waiting.pop(path, []):
+        reached = waiting.pop(path, [])
+        for changes in waiting.values():
+            moved = [n for n, c in enumerate(changes) if c[0] == "rename" and str(Path(c[2]).parent) == path]
+            if moved:
+                reached += changes[: moved[-1] + 1]
+                del changes[: moved[-1] + 1]
+        for change in sorted(reached, key=_order):
             apply(change)
         for parent in Path(path).parents:  # a folder that is safe has its own name there
             for change in [
@@ -84,11 +91,13 @@ def cut(folder: Path, before: dict[str, bytes], folders: set[str], journal: Path
         waiting.setdefault(str(Path(path).parent), []).append(change)
 
     counts = {"names lost": 0, "contents lost": 0}
+    arrived = []
     for changes in waiting.values():
         kept = rng.randint(0, len(changes))
         counts["names lost"] += len(changes) - kept
-        for change in changes[:kept]:
-            apply(change)
+        arrived += changes[:kept]
+    for change in sorted(arrived, key=_order):
+        apply(change)
     now = {id(file): Path(path) for path, file in names.items()}
     written: dict[str, bytes] = {}
     for path, file in disk.items():
@@ -111,6 +120,10 @@ def cut(folder: Path, before: dict[str, bytes], folders: set[str], journal: Path
         if Path(path).parent.is_dir():
             Path(path).write_bytes(content)
     return counts
+
+
+def _order(change: tuple[str, ...]) -> int:
+    return int(change[-1])
 
 
 def _partly(content: bytes, safe: bytes | None, rng: random.Random) -> bytes:
