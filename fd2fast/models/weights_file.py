@@ -297,7 +297,7 @@ def _add_stand(strange: dict[str, type], told: str) -> bool:
             return False
         strange[name] = _stand(name)
         return True
-    if found := re.search(r"Can only (SETITEM|append).* but got <class '([^']+)'>", told):
+    if found := re.search(r"Can only (SETITEM|append|extend).* but got <class '([^']+)'>", told):
         # a class made from dict or list: its entries are kept
         for name, kind in strange.items():
             if f"{kind.__module__}.{kind.__qualname__}" == found[2] and not hasattr(kind, "holds"):
