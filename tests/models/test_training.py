@@ -58,7 +58,8 @@ def test_equals_the_plain_sums(case, order):
 
 
 @pytest.mark.parametrize("case", CASES[:3])
-def test_autocast_gives_its_type_and_gradients_in_fp32(case):
+def test_autocast_gives_its_type_and_gradients_in_fp32(case, monkeypatch):
+    monkeypatch.setattr(training, "_bf16_products", lambda: False)
     c, o, rows, side, padding, bias = case
     torch.manual_seed(c)
     layer = nn.Conv2d(c, o, 3, padding=padding, bias=bias)
@@ -106,6 +107,21 @@ def test_the_results_do_not_depend_on_threads(rows):
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_bf16_maps_are_left_to_a_processor_that_multiplies_them(monkeypatch):
+    taken = []
+    real = training._Winograd.apply
+    monkeypatch.setattr(training._Winograd, "apply", lambda *given: taken.append(given[0].dtype) or real(*given))
+    layer = nn.Conv2d(16, 16, 3, padding=1)
+    training.accelerate(layer)
+    x = torch.randn(4, 16, 16, 16).to(memory_format=torch.channels_last)
+    for products in (False, True):
+        monkeypatch.setattr(training, "_bf16_products", lambda products=products: products)
+        layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+    assert taken == [torch.float32, torch.bfloat16, torch.float32]
 
 
 def test_what_does_not_pay_or_fit_runs_as_it_was(monkeypatch):
