@@ -215,11 +215,12 @@ def _places(config: Any) -> list[str]:
 
 
 def _settings(config: Any, recorded: dict[str, Any]) -> dict[str, Any]:
-    """Recorded settings as the config's class has them today: without places, newer fields at their default."""
+    """Recorded settings as the config's class has them today: without places and their hashes, newer fields at their default."""
     fields = [f for f in dataclasses.fields(config) if f.metadata.get("result", True)]
     added = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
     known = json.loads(json.dumps(added, default=_plain)) | recorded
-    return {name: value for name, value in known.items() if name not in _places(config)}
+    places = _places(config)
+    return {name: value for name, value in known.items() if name.removesuffix("_sha256") not in places}
 
 
 def digest(value: Any) -> str:

@@ -156,13 +156,16 @@ def compare(
 ) -> tuple[str, list[str]]:
     """Why what `found` (a manifest, or its beginning) was made from is not `wanted` ("" if it is), and what to tell.
 
-    names: of all sources that there may be. `found` of an older version holds their places among its settings and no content.
+    names: of all sources that there may be. `found` of an older version holds their places among its settings and no content, or
+    the hash of their content among its settings or facts.
     Raises UserError for a source that cannot be read, unless a finished result was made from the same place.
     """
     notes: list[str] = []
     for name in names:
-        place = (found.get("places") or {}).get(name) or (found.get("config") or {}).get(name)
-        digest = (found.get("inputs") or {}).get(name) or (found.get("facts") or {}).get(f"{name}_sha256")
+        settings, facts = found.get("config") or {}, found.get("facts") or {}
+        place = (found.get("places") or {}).get(name) or settings.get(name)
+        kept = (found.get("inputs") or {}).get(name)
+        digest = kept or settings.get(f"{name}_sha256") or facts.get(f"{name}_sha256")
         if difference := _compare(name, place, digest, wanted.get(name), finished, notes):
             return difference, []
     return "", notes

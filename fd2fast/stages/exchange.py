@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fd2fast.artifacts import Artifact, atomic_path, file_digest, load, open_stage
@@ -14,13 +14,14 @@ from fd2fast.errors import UserError
 from fd2fast.lock import OURS, TEMPORARY, own, released_at_end
 from fd2fast.models.pool import export_teacher, import_checkpoint
 from fd2fast.models.teacher import FILE, Teacher
+from fd2fast.sources import of_file
 
 
 @dataclass(frozen=True)
 class ImportConfig:
     """What an imported teacher is a function of."""
 
-    checkpoint_sha256: str
+    checkpoint: Path = field(metadata={"place": True})
     model: str | None
 
 
@@ -31,29 +32,38 @@ def import_teacher(
     """A "teacher" artifact from a checkpoint of the reference, read without executing anything in it.
 
     Raises UserError for a missing or foreign file, for a teacher of another class count than the dataset artifact, and for a
-    finished import of the same file under a name that told another alpha.
+    finished import of the same file under a name that told another alpha. A finished import of a file that is gone is taken
+    with a warning.
     """
     checkpoint = Path(checkpoint)
-    if not checkpoint.exists():
-        raise UserError(
-            f"{checkpoint} is missing; wanted a checkpoint of the reference, such as ResNet18_M8_5e-1cal.pth"
-        )
-    teacher, notices = import_checkpoint(checkpoint, size=dataset.size, model=model)
-    if teacher.classes != len(dataset.classes):
-        raise UserError(
-            f"{checkpoint} is a teacher of {teacher.classes} classes, but {dataset.path} has {len(dataset.classes)}"
-        )
-    config = ImportConfig(file_digest(checkpoint), model)
-    stage = open_stage(out, "teacher", config, {"dataset": dataset}, overwrite=overwrite)
+    missing = f"{checkpoint} is missing; wanted a checkpoint of the reference, such as ResNet18_M8_5e-1cal.pth"
+    source, teacher = of_file(str(checkpoint), missing), None
+    notices: list[str] = []
+    if os.path.exists(checkpoint):
+        teacher, notices = import_checkpoint(checkpoint, size=dataset.size, model=model)
+        if teacher.classes != len(dataset.classes):
+            raise UserError(
+                f"{checkpoint} is a teacher of {teacher.classes} classes, but {dataset.path} has {len(dataset.classes)}"
+            )
+    stage = open_stage(
+        out,
+        "teacher",
+        ImportConfig(checkpoint, model),
+        {"dataset": dataset},
+        sources={"checkpoint": source},
+        overwrite=overwrite,
+    )
     if stage.finished:
         made = stage.finished.facts
         # the file's name is read, too
-        if made["alpha"] != teacher.alpha:
+        if teacher is not None and made["alpha"] != teacher.alpha:
             raise UserError(
                 f"{stage.path} holds this teacher imported with alpha {made['alpha']}, the name {checkpoint.name} says "
                 f"{teacher.alpha}: choose another output folder, or --overwrite to make it anew"
             )
         return stage.finished
+    if teacher is None or of_file(str(checkpoint), missing).digest != source.digest:
+        raise UserError(f"{checkpoint} changed while it was read: run the same command again")
     with atomic_path(stage.path / FILE) as temporary:
         teacher.save(temporary)
     return stage.finish(

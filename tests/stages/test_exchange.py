@@ -1,6 +1,7 @@
 """Import and export: a teacher there and back, images as a folder, refusals."""
 
 import errno
+import json
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch
 from distill_tools import make_dataset
 from PIL import Image
 
-from fd2fast.artifacts import load, open_stage
+from fd2fast.artifacts import MANIFEST, identity_digest, load, open_stage, write_json
 from fd2fast.config import DistillConfig, PretrainConfig
 from fd2fast.data.pixels import save_image
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone
 from fd2fast.models.teacher import FILE, Teacher
+from fd2fast.stages import exchange
 from fd2fast.stages.exchange import export_artifact, import_teacher
 
 
@@ -59,8 +61,62 @@ def test_a_checkpoint_renamed_or_replaced_is_noticed_and_a_moved_one_is_the_same
     content = torch.load(renamed, weights_only=True)
     content["feature_center"] += 1
     torch.save(content, renamed)
-    with pytest.raises(UserError, match="checkpoint_sha256 was"):
+    with pytest.raises(UserError, match=r"checkpoint .*1e-1cal\.pth: its content is not what it was"):
         import_teacher(renamed, "MobileNetV2", tmp_path / "back", dataset)
+
+
+def test_a_finished_import_whose_checkpoint_is_gone_is_taken(dataset, teacher, tmp_path, caplog):
+    export_artifact(teacher, tmp_path)
+    checkpoint = tmp_path / "MobileNetV2_M2_5e-1cal.pth"
+    made = import_teacher(checkpoint, "MobileNetV2", tmp_path / "back", dataset)
+    checkpoint.unlink()
+    assert import_teacher(checkpoint, "MobileNetV2", tmp_path / "back", dataset).id == made.id
+    assert "checkpoint cannot be compared with what this was made from" in caplog.text
+    for folder, named, overwrite in (
+        ("new", checkpoint, False),
+        ("back", tmp_path / "o.pth", False),
+        ("back", checkpoint, True),
+    ):
+        with pytest.raises(UserError, match=r"\.pth is missing"):
+            import_teacher(named, "MobileNetV2", tmp_path / folder, dataset, overwrite=overwrite)
+    assert load(tmp_path / "back").id == made.id
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_is_refused(dataset, teacher, tmp_path, monkeypatch):
+    export_artifact(teacher, tmp_path)
+    checkpoint = tmp_path / "MobileNetV2_M2_5e-1cal.pth"
+    read = exchange.import_checkpoint
+
+    def changing(path, **named):
+        found = read(path, **named)
+        content = torch.load(checkpoint, weights_only=True)
+        content["feature_center"] += 1
+        torch.save(content, checkpoint)
+        return found
+
+    monkeypatch.setattr(exchange, "import_checkpoint", changing)
+    with pytest.raises(UserError, match="changed while it was read"):
+        import_teacher(checkpoint, "MobileNetV2", tmp_path / "back", dataset)
+
+
+def test_an_import_of_an_earlier_version_is_known_by_the_hash_among_its_settings(dataset, teacher, tmp_path):
+    export_artifact(teacher, tmp_path)
+    checkpoint = tmp_path / "MobileNetV2_M2_5e-1cal.pth"
+    made = import_teacher(checkpoint, "MobileNetV2", tmp_path / "back", dataset)
+    manifest = json.loads((made.path / MANIFEST).read_text())
+    del manifest["places"]
+    manifest["config"]["checkpoint_sha256"] = manifest.pop("inputs")["checkpoint"]
+    manifest["id"] = identity_digest(manifest)
+    write_json(made.path / MANIFEST, manifest)
+    assert import_teacher(checkpoint, "MobileNetV2", tmp_path / "back", dataset).id == manifest["id"]
+    content = torch.load(checkpoint, weights_only=True)
+    content["feature_center"] += 1
+    torch.save(content, checkpoint)
+    with pytest.raises(UserError, match="its content is not what it was"):
+        import_teacher(checkpoint, "MobileNetV2", tmp_path / "back", dataset)
+    checkpoint.unlink()
+    with pytest.raises(UserError, match="is missing"):  # where it lay was not recorded
+        import_teacher(checkpoint, "MobileNetV2", tmp_path / "back", dataset)
 
 
 def test_a_teacher_changed_by_hand_is_not_exported(dataset, teacher, tmp_path):
