@@ -74,8 +74,8 @@ class Pairs:
             # the students of one that was killed end a moment later
             fault = "" if both[0].orphans == 0 else f"{both[0].orphans} processes outlive it"
         else:
-            fault = self._plain(both[0])
-        fault = fault or self._plain(both[1])
+            fault = plain(both[0])
+        fault = fault or plain(both[1])
         counts = {
             "both ended well": int(both[0].code == both[1].code == 0),
             "first killed": int(both[0].code == -signal.SIGKILL),
@@ -84,16 +84,6 @@ class Pairs:
         }
         fault = fault or self._left(first, second, both, out, start)
         return results.Trial(key, f"{when}{' --overwrite' if flags else ''}", counts, fault)
-
-    def _plain(self, ended: forks.Ended) -> str:
-        """What is wrong with how a command ended, whatever the other did."""
-        if ended.hung:
-            return "hangs"
-        if ended.code not in (0, 2) or "Traceback" in ended.errors:
-            return f"code {ended.code}: {ended.errors.strip()[-300:]}"
-        if ended.code == 2 and "error: " not in ended.errors:
-            return f"no word on why: {ended.errors.strip()[-300:]}"
-        return ""
 
     def _left(
         self,
@@ -122,6 +112,17 @@ class Pairs:
         wanted += [wanted[0] | wanted[1]] if [stage.name for stage in well] == ["export", "run"] else []
         differences = [material.difference(found, one) for one in wanted]
         return "" if "" in differences else " | ".join(differences)
+
+
+def plain(ended: forks.Ended) -> str:
+    """What is wrong with how a command ended, whatever the other did."""
+    if ended.hung:
+        return "hangs"
+    if ended.code not in (0, 2) or "Traceback" in ended.errors:
+        return f"code {ended.code}: {ended.errors.strip()[-300:]}"
+    if ended.code == 2 and not ended.explained:
+        return f"no word on why: {ended.errors.strip()[-300:]}"
+    return ""
 
 
 def main() -> int:

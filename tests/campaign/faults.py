@@ -92,7 +92,7 @@ def _judge(ended: forks.Ended) -> str:
         return f"it died of {signal.Signals(-ended.code).name}"
     if "Traceback" in ended.errors or "Exception ignored" in ended.errors:
         return f"a traceback: {ended.reason}"
-    if ended.code and not any(line.startswith("error: ") for line in ended.errors.splitlines()):
+    if ended.code and not ended.explained:
         return f"exit code {ended.code} without a line that says why: {ended.reason}"
     return ""
 

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import importlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -22,6 +23,8 @@ os.environ.update(OMP_NUM_THREADS="1", FD2FAST_TUNE="0", FD2FAST_PROGRESS="0", C
 
 PATIENCE = 60.0  # seconds after which a command counts as hung
 GRACE = 10.0  # seconds that a process has to end after a signal, and what it began after its end
+# How a command begins the line that says why it failed, alone or as one of several processes.
+_REASON = re.compile(r"^error(?: \(process \d+ of the job\))?: ", re.MULTILINE)
 
 
 # What commands import, also late.
@@ -66,7 +69,7 @@ def load() -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended. code: exit code, or minus the signal, of the first process that did not end well (0: all did)."""
+    """How a job ended. code: exit code, or minus the signal, of the process that was the first not to end well (0: all did)."""
 
     code: int
     out: str
@@ -74,6 +77,11 @@ class Ended:
     seconds: float
     hung: bool = False
     orphans: int = 0
+
+    @property
+    def explained(self) -> bool:
+        """Whether a line of its says why it failed."""
+        return _REASON.search(self.errors) is not None
 
     @property
     def reason(self) -> str:
@@ -99,6 +107,7 @@ class Job:
         self._pipes: list[tuple[str, int]] = []
         port = _free_port() if world > 1 else 0
         self.codes: dict[int, int | None] = {}
+        self._failed = 0  # the first code that was none of an end in peace
         for rank in range(world):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -158,7 +167,8 @@ class Job:
             if code is None:
                 found, status = os.waitpid(pid, os.WNOHANG)
                 if found:
-                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+                    code = self.codes[pid] = os.waitstatus_to_exitcode(status)
+                    self._failed = self._failed or code
         return [pid for pid, code in self.codes.items() if code is None]
 
     def _read(self) -> None:
@@ -202,7 +212,6 @@ class Job:
 
     def ended(self, hung: bool = False) -> Ended:
         """How it stands now."""
-        codes = [code for code in self.codes.values() if code is not None]
         running = bool(self.running)
         seconds = time.monotonic() - self._began
         orphans = 0 if running else self._orphans()
@@ -212,7 +221,7 @@ class Job:
                 os.close(pipe)
             self._pipes.clear()
         out, errors = (self._words[name].decode("utf-8", "replace") for name in ("out", "err"))
-        return Ended(next((c for c in codes if c), 0), out, errors, seconds, hung, orphans)
+        return Ended(self._failed, out, errors, seconds, hung, orphans)
 
     def _orphans(self) -> int:
         """Processes of its sessions that outlive it by GRACE seconds; they are ended."""
