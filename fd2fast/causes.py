@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from fd2fast import limits
 from fd2fast.errors import UserError
 
 KEPT = "what was finished before is kept: run the same command again"
@@ -66,6 +67,10 @@ _MEMORY = (
     "cannot allocate memory",
     "memoryerror",
 )
+# oneDNN's words where it has no memory, and where it does not know a shape
+_PERHAPS_MEMORY = re.compile(r"could not (create|execute) an? [a-z ]*(primitive|memory|descriptor)", re.IGNORECASE)
+# With less than so many bytes left at the worst moment, the former is what they mean.
+_SCARCE = 1 << 28
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -162,6 +167,15 @@ def of_reading(path: Path, error: OSError) -> str:
     return f"{cause}: {advice}" if advice and error.errno not in (errno.ENOTDIR, errno.ENAMETOOLONG) else cause
 
 
+def out_of_memory(error: BaseException) -> str:
+    """'out of memory' where an error says that the host's or the GPU's is full, 'probably ...' where little was left; else ''."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or any(words in text for words in _MEMORY):
+        return "out of memory"
+    left = limits.spare(least=True) if _PERHAPS_MEMORY.search(text) else None
+    return "probably out of memory" if left is not None and left < _SCARCE else ""
+
+
 def explained(error: BaseException) -> str | None:
     """Cause and advice for an error that no stage foresaw but whose reason lies outside the program; None for others."""
     text = str(error)
@@ -169,11 +183,11 @@ def explained(error: BaseException) -> str | None:
     if isinstance(error, RecursionError):
         return "a file or setting is nested too deeply to be read"
     low = text.lower()
-    if isinstance(error, MemoryError) or any(words in low for words in _MEMORY):
+    if full := out_of_memory(error):
         if "cuda" in low or "hip" in low:
             return f"the GPU's memory is full ({first[:160]}); end other programs on it or ask for less at once"
         return (
-            f"out of memory ({first[:160]}); end other programs, raise the limits (ulimit -v, the container's), "
+            f"{full} ({first[:160]}); end other programs, raise the limits (ulimit -v, the container's), "
             "or ask for less at once: a smaller size, batch or memory_limit"
         )
     if "can't start new thread" in low:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fd2fast import isa
+from fd2fast import isa, limits
 from fd2fast.errors import UserError, nearest
 
 Config = TypeVar("Config")
@@ -59,11 +59,17 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def device_faults(stage: str, name: str) -> list[str]:
-    """The fault of a stage's device setting, if it has one."""
+    """The fault of a stage's device setting, or of the CPU's memory for any work, if there is one."""
     try:
-        pick_device(name)
+        device = pick_device(name)
     except UserError as error:
         return [f"{stage}.device: {error}"]
+    left = limits.spare()
+    if device.type == "cpu" and left is not None and left < limits.LEAST:
+        return [
+            f"{stage}: out of memory: the limit on address space leaves {left / 1e6:.1f} MB, wanted at least "
+            f"{limits.LEAST / 1e6:.0f} MB; raise it (ulimit -v)"
+        ]
     return []
 
 

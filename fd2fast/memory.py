@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fd2fast import causes, limits
 from fd2fast.config import DistillConfig, replace
 from fd2fast.device import pick_device
 from fd2fast.errors import UserError
@@ -29,6 +30,8 @@ logger = logging.getLogger("fd2fast")
 _ROWS = (2, 4)
 # Workspaces of libraries and the allocator's rounding, which the measurement does not see or sees at few rows only.
 _MARGIN = 1.08
+# Bytes of a limited address space that are left to libraries' code and descriptions.
+_LIBRARIES = 32 << 20
 # What a warning was given of.
 _scarce: set[str] = set()
 _CGROUP = Path("/sys/fs/cgroup")
@@ -59,12 +62,17 @@ def measure(config: DistillConfig, teachers: Sequence[FusedTeacher], device: tor
     turns = len(teachers) if config.teacher_schedule == "round_robin" else 1
     single = replace(config, iterations=(turns,), sizes=(side,))
     shapes = [_map_shape(teacher, side, device) for teacher in teachers]
+
+    def once(rows: int) -> None:
+        left = limits.spare()
+        if device.type == "cpu" and left is not None and left < _LIBRARIES:
+            raise MemoryError
+        _iterate(single, teachers, shapes, rows, device)
+
     try:
         # what libraries and convolutions make at first use, and keep, is not what a row needs
-        _iterate(single, teachers, shapes, _ROWS[0], device)
-        peaks = [
-            peak_bytes(device, functools.partial(_iterate, single, teachers, shapes, rows, device)) for rows in _ROWS
-        ]
+        once(_ROWS[0])
+        peaks = [peak_bytes(device, functools.partial(once, rows)) for rows in _ROWS]
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -171,7 +179,9 @@ def free_bytes(device: torch.device) -> int:
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     if "MemAvailable" not in found:
         raise UserError("this system does not say how much memory is free: give --memory-limit in GB")
-    return min([found["MemAvailable"], *_left_of_cgroup()])
+    spare = limits.spare()
+    bounded = [] if spare is None else [max(0, spare - _LIBRARIES)]
+    return min([found["MemAvailable"], *_left_of_cgroup(), *bounded])
 
 
 def map_bytes(precision: str) -> int:
@@ -214,7 +224,8 @@ def total_bytes(device: torch.device) -> int | None:
         whole = min(whole, int((_CGROUP / "memory.max").read_text()))
     except (OSError, ValueError):  # no limit
         pass
-    return whole + swap
+    limit = limits.address_space()
+    return whole + swap if limit is None else min(whole + swap, limit)
 
 
 def _left_of_cgroup() -> list[int]:
@@ -232,10 +243,7 @@ def _left_of_cgroup() -> list[int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is a device's or the host's way to say that the memory is full."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory"))
+    return isinstance(error, torch.OutOfMemoryError) or bool(causes.out_of_memory(error))
 
 
 def too_small(memory: StepMemory | None, rows: int, free: int, precision: str) -> UserError:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from fd2fast import artifacts, causes
 from fd2fast.data.pixels import save_image
 from fd2fast.errors import UserError
+from fd2fast.memory import is_out_of_memory
 from fd2fast.writer import Writer
 
 BIG = torch.zeros(20_000)
@@ -194,6 +195,25 @@ def test_causes_outside_the_program_are_told_with_advice(error, told):
     else:
         assert told in found
         assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("text", "left", "told"),
+    [
+        ("could not create a primitive", 1 << 20, True),
+        ("could not create a memory object", 0, True),
+        ("could not execute a primitive", 1 << 20, True),
+        ("could not create a primitive descriptor for a convolution forward propagation primitive", 1 << 20, True),
+        ("could not create a primitive", 1 << 34, False),
+        ("could not create a primitive", None, False),
+        ("mat1 and mat2 shapes cannot be multiplied", 0, False),
+    ],
+)
+def test_words_that_may_mean_memory_do_where_little_was_left(monkeypatch, text, left, told):
+    monkeypatch.setattr(causes.limits, "spare", lambda *, least: left)
+    found = causes.explained(RuntimeError(text))
+    assert found is None or found.startswith(f"probably out of memory ({text}); end other programs")
+    assert (found is not None) == told == is_out_of_memory(RuntimeError(text))
 
 
 def test_damaged_records_say_how_to_go_on(tmp_path):

@@ -13,7 +13,8 @@ BASE = {"errors", "config", "fd2fast"}
 ALLOWED: dict[str, set[str]] = {
     "fd2fast": set(),
     "errors": set(),
-    "causes": {"errors"},
+    "limits": set(),
+    "causes": {"errors", "limits"},
     "config": {"errors"},
     "presets": BASE | {"causes", "paths"},
     "paths": BASE,
@@ -28,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "lock": {"causes", "errors"},
     "artifacts": BASE | {"causes", "lock", "sources"},
     "pictures": {"artifacts", "streams"},
-    "device": BASE | {"isa"},
+    "device": BASE | {"isa", "limits"},
     "_planner": set(),
     "_frozen": set(),
     "_crop": set(),
@@ -48,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "capture": BASE,
     "tables": BASE,
     "step": BASE | {"ops", "models", "planner", "device", "capture", "tables"},
-    "memory": BASE | {"device", "models", "step"},
+    "memory": BASE | {"causes", "device", "limits", "models", "step"},
     "inputs": BASE | {"artifacts", "data", "models", "ops", "planner", "seeding", "step"},
     "engine": BASE
     | {"artifacts", "data", "inputs", "memory", "models", "progress", "step", "threads", "workers", "writer"},

@@ -88,6 +88,23 @@ def test_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     assert free_bytes(CPU) == 350_000
 
 
+def test_a_limit_on_the_address_space_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.limits, "spare", lambda: 40 << 20)
+    monkeypatch.setattr(memory.limits, "address_space", lambda: 67_890)
+    assert free_bytes(CPU) == 8 << 20
+    assert memory.total_bytes(CPU) == 67_890
+
+
+def test_nothing_is_measured_where_libraries_would_find_no_memory(
+    teachers: list[FusedTeacher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter((100 << 20, 30 << 20))
+    monkeypatch.setattr(memory.limits, "spare", lambda *, least=False: next(left, 20 << 20))
+    monkeypatch.setattr(memory, "_iterate", lambda *_: None)
+    with pytest.raises(UserError, match="4 images at once do not fit the memory; 0.0 MB are free"):
+        measure(config_of("sre2l++"), teachers[:1], CPU)
+
+
 def test_the_error_says_how_much() -> None:
     text = str(too_small(StepMemory(2_000_000, 9_000_000), 100, 500_000_000, "fp32"))
     assert "they need about 902.0 MB" in text

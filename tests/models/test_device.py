@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fd2fast import device
 from fd2fast.device import autocast, pick_device
 from fd2fast.errors import UserError
 
@@ -56,3 +57,12 @@ def test_auto_precision_is_settled_before_the_manifest_is_written(monkeypatch):
         assert device.settle_precision(config).precision == expected
     kept = EvaluateConfig(precision="fp16")
     assert device.settle_precision(kept) is kept
+
+
+def test_too_little_address_space_for_any_work_is_said_ahead(monkeypatch):
+    monkeypatch.setattr(device.limits, "spare", lambda: 20_000_000)
+    assert device.device_faults("distill", "cpu") == [
+        "distill: out of memory: the limit on address space leaves 20.0 MB, wanted at least 134 MB; raise it (ulimit -v)"
+    ]
+    monkeypatch.setattr(device.limits, "spare", lambda: device.limits.LEAST)
+    assert device.device_faults("distill", "cpu") == []
