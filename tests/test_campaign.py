@@ -6,10 +6,11 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from campaign import faults, material, mutate, power, results
+from campaign import faults, material, mutate, power, results, tmpfs
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the campaign's tools know Linux")
@@ -22,6 +23,7 @@ out = ["--out", sys.argv[1]]
 kills.main([*out, "--count", "2", "--only", "patches"])
 kills.main([*out, "--count", "3", "--only", "distill", "--torchrun", "0"])
 faults.main([*out, "--count", "3", "--only", "patches"])
+faults.main([*out, "--count", "2", "--only", "patches/small disk", "--tmpfs"])
 for kind in ("image", "TOML", "checkpoint", "arrays", "annotations"):
     inputs.main([*out, "--count", "12", "--only", kind])
 """
@@ -34,7 +36,11 @@ def test_a_few_seconds_of_each_campaign(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("kills", "faults", "inputs")}
     assert [trial for one in found.values() for trial in one["faults"]] == []
-    assert {name: one["trials"] for name, one in found.items()} == {"kills": 5, "faults": 3, "inputs": 60}
+    assert {name: one["trials"] for name, one in found.items()} == {
+        "kills": 5,
+        "faults": 3 if tmpfs.Tmpfs(tmp_path / "disk").refused() else 5,
+        "inputs": 60,
+    }
 
 
 def layered(code: str, folder: Path, before: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +71,7 @@ os.replace(root / "a" / "safe", root / "renamed")
 def test_the_layer_sees_every_operation(tmp_path: Path) -> None:
     done = layered(WRITES, tmp_path, "layer.counter(root, root.parent / 'counted')()")
     assert done.returncode == 0, done.stderr
-    kinds = (tmp_path.parent / "counted").read_text().split()
+    kinds = [line.split()[0] for line in (tmp_path.parent / "counted").read_text().splitlines()]
     (tmp_path.parent / "counted").unlink()
     assert kinds == ["mkdir", "create", "write", "sync", "create", "write", "rename"]
 
@@ -170,14 +176,80 @@ def test_results_go_on_where_they_stopped(tmp_path: Path, capsys: pytest.Capture
 
 def test_faults_are_spread_over_their_kinds() -> None:
     keys = [f"distill/memory/{n}" for n in range(500)] + [f"distill/EIO/{n}" for n in range(20)] + ["report/EIO/0"]
-    chosen = faults.spread(keys, 11, seed=0)
+    sites = {key: key for key in keys}
+    chosen = faults.spread(sites, 11, seed=0)
     assert [sum(key.startswith(kind) for key in chosen) for kind in ("distill/memory", "distill/EIO", "report")] == [
         5,
         5,
         1,
     ]
     assert len(set(chosen)) == 11
-    assert chosen == faults.spread(keys, 11, seed=0) != faults.spread(keys, 11, seed=1)
+    assert chosen == faults.spread(sites, 11, seed=0) != faults.spread(sites, 11, seed=1)
+
+
+def test_each_place_in_the_code_is_met_before_one_comes_again() -> None:
+    sites = {f"distill/{fault}/{n}": f"write a.py:{n % 7}" for fault in ("EIO", "ENOSPC") for n in range(500)}
+    chosen = faults.spread(sites, 20, seed=0)
+    assert {(key.split("/")[1], sites[key]) for key in chosen[:14]} == {
+        (fault, f"write a.py:{n}") for fault in ("EIO", "ENOSPC") for n in range(7)
+    }
+
+
+def test_a_place_is_that_of_the_callers_in_fd2fast(tmp_path: Path) -> None:
+    write = "from fd2fast.artifacts import write_bytes\nfor name in 'ab':\n    write_bytes(root / name, b'1')\n"
+    done = layered(write + "write_bytes(root / 'c', b'1')", tmp_path, "layer.counter(root, root.parent / 'counted')()")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path.parent / "counted").read_text().splitlines()
+    (tmp_path.parent / "counted").unlink()
+    size = len(lines) // 3
+    assert lines[:size] == lines[size : 2 * size] == lines[2 * size :]  # the caller's own lines are not fd2fast's
+    assert all(" artifacts.py:" in line for line in lines)
+    assert len(set(lines)) == size
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[tmpfs.Tmpfs]:
+    made = tmpfs.Tmpfs(tmp_path / "disk")
+    if reason := made.refused():
+        pytest.skip(f"no file system can be mounted here: {reason}")
+    made.mount()
+    yield made
+    made.unmount()
+
+
+def test_a_small_disk_is_full_and_has_room_again(disk: tmpfs.Tmpfs) -> None:
+    (disk.folder / "a").write_bytes(bytes(9000))
+    disk.leave(pages=1)
+    with pytest.raises(OSError, match="No space left"):
+        (disk.folder / "b").write_bytes(bytes(9000))
+    disk.leave(files=0)
+    with pytest.raises(OSError, match="No space left"):
+        (disk.folder / "c").touch()
+    disk.leave()
+    (disk.folder / "c").write_bytes(bytes(9000))
+    disk.mount()
+    assert list(disk.folder.iterdir()) == []
+
+
+def test_without_a_mount_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(command: list[str], **_: object) -> None:
+        raise subprocess.CalledProcessError(1, command, stderr="mount: /disk: must be superuser to use mount.\n")
+
+    monkeypatch.setattr(tmpfs.subprocess, "run", refuse)
+    assert tmpfs.Tmpfs(tmp_path / "disk").refused() == "mount: /disk: must be superuser to use mount."
+
+
+def test_a_picture_that_a_command_left_out_may_be_missing(tmp_path: Path) -> None:
+    said = (
+        f"the picture {tmp_path}/result/preview.png is left out, the results are not touched: UserError: no space left"
+    )
+    pictures = faults.left_out(f"{said}\n", tmp_path)
+    assert pictures == {"result/preview.png"}
+    wanted = {"result/preview.png": "1", "result/grid.png": "2", "result/manifest.json": "3", "result/a.npy": "4"}
+    found = {"result/manifest.json": "5", "result/a.npy": "4"}
+    told = material.difference(*(faults.but_for(pictures, one) for one in (found, wanted)))
+    assert told == "missing: result/grid.png (1)"
+    assert faults.but_for(faults.left_out("", tmp_path), wanted) == wanted
 
 
 def test_differences_are_named() -> None:

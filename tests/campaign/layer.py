@@ -7,6 +7,9 @@ own writers) passes below it: maps are seen when they are flushed, the writers a
 from __future__ import annotations
 
 import builtins
+import functools
+import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -211,13 +214,33 @@ class Layer:
             safetensors.save_file = native(safetensors.save_file)
 
 
+@functools.cache
+def _home() -> str:
+    """The folder of fd2fast's code, which need not be imported for that."""
+    spec = importlib.util.find_spec("fd2fast")
+    return os.path.dirname(spec.origin or "") + os.sep if spec is not None else os.sep
+
+
+def site() -> str:
+    """Where in fd2fast the caller was asked from: the innermost line, and a hash of all lines on the way to it."""
+    home = _home()
+    lines: list[str] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(home):
+            lines.append(f"{name.removeprefix(home)}:{frame.f_lineno}")
+        frame = frame.f_back  # type: ignore[assignment]
+    return f"{lines[0] if lines else '-'}#{hashlib.sha256(' '.join(lines).encode()).hexdigest()[:8]}"
+
+
 def counter(root: Path, into: Path) -> Callable[[], None]:
-    """For `forks.run(before=...)`: the kinds of all operations, one a line, in the file `into`."""
+    """For `forks.run(before=...)`: kind and `site` of all operations, one a line, in the file `into`."""
 
     def before() -> None:
         into.parent.mkdir(parents=True, exist_ok=True)
         log = _os_open(into, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        Layer(root, lambda number, kind, path: _os_write(log, f"{kind}\n".encode()) and None).install()
+        Layer(root, lambda number, kind, path: _os_write(log, f"{kind} {site()}\n".encode()) and None).install()
 
     return before
 

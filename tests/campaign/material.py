@@ -75,7 +75,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Expected:
-    """What an undisturbed run leaves (`found`), the kinds of its file operations in order, and its seconds."""
+    """What an undisturbed run leaves (`found`), its file operations in order (kind and `layer.site`), and its seconds."""
 
     found: dict[str, str]
     operations: list[str]
@@ -208,7 +208,7 @@ def prepare(folder: Path, only: str = "") -> tuple[list[Stage], dict[str, Expect
         ended = forks.run(stage.command(out), before=layer.counter(out, counted), environment=stage.environment)
         if ended.code != 0:
             raise RuntimeError(f"{stage.name} failed undisturbed: {ended.errors}")
-        known[stage.name] = asdict(Expected(found_below(out), counted.read_text().split(), ended.seconds))
+        known[stage.name] = asdict(Expected(found_below(out), counted.read_text().splitlines(), ended.seconds))
         record.write_text(json.dumps(known))
     return chosen, {stage.name: Expected(**known[stage.name]) for stage in chosen}
 
