@@ -67,8 +67,10 @@ _MEMORY = (
     "cannot allocate memory",
     "memoryerror",
 )
-# oneDNN's words where it has no memory, and where it does not know a shape
-_PERHAPS_MEMORY = re.compile(r"could not (create|execute) an? [a-z ]*(primitive|memory|descriptor)", re.IGNORECASE)
+# words of oneDNN where it has no memory or does not know a shape, and of libraries in Rust where Python gave them nothing
+_PERHAPS_MEMORY = re.compile(
+    r"could not (create|execute) an? [a-z ]*(primitive|memory|descriptor)|pyobject pointer is null", re.IGNORECASE
+)
 # With less than so many bytes left at the worst moment, the former is what they mean.
 _SCARCE = 1 << 28
 

@@ -458,7 +458,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = stopping.exit_code(error)
         _stopped(arguments[0], code - 128)
         return code
-    except Exception as error:
+    except BaseException as error:
+        # a panic of a library in Rust (safetensors) is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         told, code = failure.line(error, arguments)
         _complain(error, told)
         return code

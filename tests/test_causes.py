@@ -204,6 +204,7 @@ def test_causes_outside_the_program_are_told_with_advice(error, told):
         ("could not create a memory object", 0, True),
         ("could not execute a primitive", 1 << 20, True),
         ("could not create a primitive descriptor for a convolution forward propagation primitive", 1 << 20, True),
+        ("PyObject pointer is null", 1 << 20, True),
         ("could not create a primitive", 1 << 34, False),
         ("could not create a primitive", None, False),
         ("mat1 and mat2 shapes cannot be multiplied", 0, False),

@@ -27,8 +27,18 @@ def room(tmp_path, monkeypatch):
     return tmp_path
 
 
+class PanicException(BaseException):
+    """As pyo3 raises it where code in Rust panics."""
+
+
 def logs(folder):
     return sorted(folder.glob("fd2fast-error-*.log"))
+
+
+def test_what_is_no_error_passes(room, monkeypatch):
+    raising(monkeypatch, GeneratorExit())
+    with pytest.raises(GeneratorExit):
+        cli.main(["pretrain"])
 
 
 @pytest.mark.parametrize(
@@ -38,6 +48,7 @@ def logs(folder):
         (ZeroDivisionError("division by zero"), 70, "unexpected ZeroDivisionError: division by zero"),
         (RuntimeError("first\nsecond"), 70, "unexpected RuntimeError: first second"),
         (AssertionError(), 70, "unexpected AssertionError;"),
+        (PanicException("PyObject pointer is null"), 70, "unexpected PanicException: PyObject pointer is null"),
         (MemoryError(), 1, "out of memory"),
         (OSError(errno.EIO, "Input/output error", "a.npy"), 1, "a.npy: the disk or network share"),
     ],
