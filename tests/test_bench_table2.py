@@ -171,9 +171,10 @@ def test_rounding_of_the_plain_loop_is_small_and_not_nothing():
 def test_turns_and_quantiles():
     order: list[str] = []
     runs = {name: lambda t, n=name: order.append(f"{n}{t}") for name in "ab"}
-    found = timing.interleaved(runs, 2, 2, torch.device("cpu"), warm_up=1)
-    assert order == ["a0", "a1", "b0", "b1", "a2", "a3", "b2", "b3", "a4", "a5", "b4", "b5"]
-    assert [len(v) for v in found.values()] == [2, 2]
+    found = timing.interleaved(runs, 4, 2, torch.device("cpu"), warm_up=1)
+    turns = [[f"{name}{8 * turn + t}" for t in range(8)] for turn in range(3) for name in "ab"]
+    assert order == [step for turn in turns for step in turn]
+    assert [len(v) for v in found.values()] == [6, 6]
     assert timing.quantiles([3.0, 1.0, 2.0])[1] == 2.0
     assert timing.quantiles([5.0]) == (5.0, 5.0, 5.0)
     assert timing.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
