@@ -73,7 +73,7 @@ def pretrain(
     from fd2fast import artifacts
     from fd2fast.stages import pretrain as stage
 
-    _done(stage.run(config, out, artifacts.load(dataset, "dataset"), overwrite=overwrite))
+    _done(stage.run(config, out, artifacts.Dataset.load(dataset), overwrite=overwrite))
 
 
 def patches(
@@ -101,8 +101,8 @@ def patches(
         stage.run(
             config,
             out,
-            artifacts.load(dataset, "dataset"),
-            artifacts.load(teacher, "teacher"),
+            artifacts.Dataset.load(dataset),
+            artifacts.TeacherArtifact.load(teacher),
             overwrite=overwrite,
         )
     )
@@ -139,9 +139,9 @@ def distill(
         stage.run(
             config,
             out,
-            artifacts.load(dataset, "dataset"),
-            [artifacts.load(teacher, "teacher") for teacher in teachers],
-            artifacts.load(patches, "patches") if patches else None,
+            artifacts.Dataset.load(dataset),
+            [artifacts.TeacherArtifact.load(teacher) for teacher in teachers],
+            artifacts.Patches.load(patches) if patches else None,
             overwrite=overwrite,
         )
     )
@@ -172,8 +172,8 @@ def relabel(
         stage.run(
             config,
             out,
-            artifacts.load(images, "images"),
-            [artifacts.load(teacher, "teacher") for teacher in teachers],
+            artifacts.Images.load(images),
+            [artifacts.TeacherArtifact.load(teacher) for teacher in teachers],
             overwrite=overwrite,
         )
     )
@@ -206,9 +206,9 @@ def evaluate(
         stage.run(
             config,
             out,
-            artifacts.load(dataset, "dataset"),
-            artifacts.load(images, "images"),
-            artifacts.load(soft_labels, "labels") if soft_labels else None,
+            artifacts.Dataset.load(dataset),
+            artifacts.Images.load(images),
+            artifacts.Labels.load(soft_labels) if soft_labels else None,
             overwrite=overwrite,
         )
     )
@@ -319,7 +319,7 @@ def import_(*, checkpoint: FilePath, dataset: FilePath, model: str, out: FilePat
     from fd2fast import artifacts
     from fd2fast.stages.exchange import import_teacher
 
-    _done(import_teacher(checkpoint, model, out, artifacts.load(dataset, "dataset"), overwrite=overwrite))
+    _done(import_teacher(checkpoint, model, out, artifacts.Dataset.load(dataset), overwrite=overwrite))
 
 
 def export(*, artifact: FilePath, out: FilePath, ipc: int | None = None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fd2fast import artifacts, space
-from fd2fast.artifacts import Artifact
+from fd2fast.artifacts import Artifact, Dataset, Images, Metrics, Patches, TeacherArtifact
 from fd2fast.config import (
     DistillConfig,
     EvaluateConfig,
@@ -32,6 +32,7 @@ from fd2fast.streams import say
 from fd2fast.workers import current, is_first
 
 T = TypeVar("T")
+A = TypeVar("A", bound=Artifact)
 HARD = ("random", "herding", "kcenter")
 
 
@@ -240,7 +241,7 @@ def _outline(config: RunConfig, overwrite: bool) -> Outline:
     """Of the prepared data set where these settings have made one, else as it lies on disk."""
     path = Path(config.out) / "dataset"
     if artifacts.made(path) and not overwrite and artifacts.obstacle(path, "dataset", config.data) is None:
-        return outline_of(artifacts.load(path, "dataset"))
+        return outline_of(Dataset.load(path))
     return outline_on_disk(config.data)
 
 
@@ -403,7 +404,7 @@ def _run(config: RunConfig, entries: Sequence[Entry], overwrite: bool) -> Path:
     out = Path(config.out)
     workers = current()
 
-    def by_one(stage: Callable[..., Artifact], *arguments: Any) -> Artifact:
+    def by_one(stage: Callable[..., A], *arguments: Any) -> A:
         return workers.first(lambda: stage(*arguments, overwrite=overwrite and is_first()))
 
     _say("data set")
@@ -412,21 +413,21 @@ def _run(config: RunConfig, entries: Sequence[Entry], overwrite: bool) -> Path:
     # images that could not be read are known now
     refuse(workers.told(lambda: data_faults(config, entries, outline_of(dataset), overwrite=overwrite)))
 
-    teachers: dict[str, Artifact] = {}
+    teachers: dict[str, TeacherArtifact] = {}
     for name in config.teachers:
         _say(f"teacher {name}")
         teachers[name] = by_one(pretrain.run, _pretrain(config, name), _teacher_folder(config, name), dataset)
     first = teachers[config.teachers[0]]
 
-    cut: dict[int, Artifact] = {}
+    cut: dict[int, Patches] = {}
 
-    def patches_for(factor: int) -> Artifact:
+    def patches_for(factor: int) -> Patches:
         if factor not in cut:
             _say(f"patches {factor} x {factor}")
             cut[factor] = by_one(patches.run, _patches(config, factor), _patches_folder(config, factor), dataset, first)
         return cut[factor]
 
-    images: dict[str, Artifact] = {}
+    images: dict[str, Images] = {}
     rows: list[evaluate.Row] = []
     for entry in entries:
         method = entry.method
@@ -493,13 +494,12 @@ def report_of(out: Path | str) -> str:
         folders += named[name] if isinstance(named.get(name), list) else [None]
     if not all(isinstance(folder, str) for folder in folders):
         raise UserError(f"{out / 'run.json'} is damaged: it does not list the run's folders; {again}")
-    load = artifacts.load
     return report.run(
         out / "report",
-        dataset=load(out / index["dataset"], "dataset"),
-        teachers=[load(out / p, "teacher") for p in index["teachers"]],
-        images=[load(out / p, "images") for p in index["images"]],
-        metrics=[load(out / p, "metrics") for p in index["metrics"]],
+        dataset=Dataset.load(out / index["dataset"]),
+        teachers=[TeacherArtifact.load(out / p) for p in index["teachers"]],
+        images=[Images.load(out / p) for p in index["images"]],
+        metrics=[Metrics.load(out / p) for p in index["metrics"]],
     )
 
 

@@ -6,9 +6,10 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self, TypeVar, overload
 
 from fd2fast import lock
+from fd2fast.artifacts.facts import Facts
 from fd2fast.artifacts.files import read_json
 from fd2fast.artifacts.folder import MANIFEST, STATE
 from fd2fast.artifacts.identity import identity_digest
@@ -17,13 +18,37 @@ from fd2fast.sources import file_digest, known_digest
 
 SCHEMA = 1
 
+A = TypeVar("A", bound="Artifact")
+
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """A finished stage result. `manifest` holds kind, id, config, parents, files, classes, size, mean, std, facts, measured."""
+    """A finished stage result. `manifest` holds kind, id, config, parents, files, classes, size, mean, std, facts, measured.
+
+    A subclass with a KIND of its own is what results of that kind are read as; it owns the names of their files.
+    """
 
     path: Path
     manifest: dict[str, Any]
+
+    KIND: ClassVar[str] = ""
+    # with its article, for messages
+    NOUN: ClassVar[str] = "an artifact"
+
+    def __init_subclass__(cls) -> None:
+        _kinds[cls.KIND] = cls
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a finished artifact of this kind; UserError as fd2fast.artifacts.load raises it."""
+        return load(path, cls)
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Self:
+        """The artifact as one of this kind; UserError for another kind."""
+        if artifact.kind != cls.KIND:
+            raise UserError(f"{artifact.path} holds a {artifact.kind} artifact; wanted {cls.NOUN}")
+        return artifact if isinstance(artifact, cls) else cls(artifact.path, artifact.manifest)
 
     @property
     def kind(self) -> str:
@@ -57,14 +82,24 @@ class Artifact:
         return tuple(self.manifest["std"])
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Facts:
         """What the stage wants its readers to know (accuracies, counts, names)."""
-        return self.manifest["facts"]
+        return Facts.read(self.manifest["facts"], f"{self.kind} {self.path}")
 
     @property
     def measured(self) -> dict[str, Any]:
         """Seconds, peak memory and machine: not part of the identity."""
         return self.manifest["measured"]
+
+    @property
+    def seconds(self) -> float:
+        """What it took to make, wall-clock time."""
+        return self.manifest["measured"]["seconds"]
+
+    def parent_id(self, name: str) -> str | None:
+        """The id of the artifact that it was made from under this name; None where it names none."""
+        parent = self.manifest["parents"].get(name)
+        return None if parent is None else parent["id"]
 
     def file(self, name: str) -> Path:
         """Path of one of its files; UserError if the manifest does not list it or it is gone."""
@@ -121,6 +156,20 @@ class Artifact:
                     f"{name} {_difference(mine, theirs)}"
                 )
 
+    def must_be_of(self, dataset: Artifact) -> None:
+        """UserError unless it fits the data set and, where it knows what data set it was made from, was made from this one."""
+        self.must_fit(dataset)
+        made_from = self.parent_id(dataset.kind)
+        if made_from not in (None, dataset.id):
+            raise UserError(
+                f"{self.kind} artifact {self.path} was made from another data set ({made_from[:12]}) than "
+                f"{dataset.path} ({dataset.id[:12]})"
+            )
+
+
+# Kind -> how its results are read.
+_kinds: dict[str, type[Artifact]] = {}
+
 
 def _difference(mine: Any, theirs: Any) -> str:
     if isinstance(mine, list) and isinstance(theirs, list):
@@ -131,8 +180,14 @@ def _difference(mine: Any, theirs: Any) -> str:
     return f"{mine!r} against {theirs!r}"
 
 
-def load(path: Path | str, kind: str | None = None) -> Artifact:
+@overload
+def load(path: Path | str, kind: type[A]) -> A: ...
+@overload
+def load(path: Path | str, kind: str | None = None) -> Artifact: ...
+def load(path: Path | str, kind: str | type[Artifact] | None = None) -> Artifact:
     """Read a finished artifact; UserError if it is missing, unfinished, of another kind or from a newer version."""
+    if isinstance(kind, type):
+        return load(path, kind.KIND)
     path = Path(path)
     file = path / MANIFEST
     if not os.path.isdir(path):  # which takes names of any length
@@ -153,7 +208,17 @@ def load(path: Path | str, kind: str | None = None) -> Artifact:
         raise UserError(f"{file} is damaged: {fault}; make the {found} again")
     if kind is not None and found != kind:
         raise UserError(f"{path} holds a {found} artifact; wanted a {kind} artifact")
-    return Artifact(path, manifest)
+    return result_of(path, manifest)
+
+
+def result_of(path: Path, manifest: dict[str, Any]) -> Artifact:
+    """A finished result as one of its kind."""
+    return _kinds.get(manifest["kind"], Artifact)(path, manifest)
+
+
+def kind_name(kind: type[Artifact] | str) -> str:
+    """What manifests call a kind."""
+    return kind if isinstance(kind, str) else kind.KIND
 
 
 def _manifest_fault(manifest: dict[str, Any]) -> str:

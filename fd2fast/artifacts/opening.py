@@ -9,10 +9,10 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from fd2fast import lock
-from fd2fast.artifacts.artifact import Artifact, load
+from fd2fast.artifacts.artifact import A, Artifact, kind_name, load
 from fd2fast.artifacts.files import read_json, remove, sync_folder, write_json, writing
 from fd2fast.artifacts.folder import BEGUN, CLEARING, MANIFEST, STATE, clear, holds_foreign, mark_of, refuse_foreign
 from fd2fast.artifacts.identity import config_dict, first_difference, place_fields, recorded_settings
@@ -23,6 +23,17 @@ from fd2fast.sources import Source, compare, recorded_place
 log = logging.getLogger(__name__)
 
 
+@overload
+def open_stage(
+    path: Path | str,
+    kind: type[A],
+    config: Any,
+    parents: Mapping[str, Artifact],
+    *,
+    sources: Mapping[str, Source] | None = None,
+    overwrite: bool = False,
+) -> Stage[A]: ...
+@overload
 def open_stage(
     path: Path | str,
     kind: str,
@@ -31,7 +42,16 @@ def open_stage(
     *,
     sources: Mapping[str, Source] | None = None,
     overwrite: bool = False,
-) -> Stage:
+) -> Stage[Artifact]: ...
+def open_stage(
+    path: Path | str,
+    kind: type[Artifact] | str,
+    config: Any,
+    parents: Mapping[str, Artifact],
+    *,
+    sources: Mapping[str, Source] | None = None,
+    overwrite: bool = False,
+) -> Stage[Any]:
     """Begin, resume or find finished the artifact of `kind` at `path`.
 
     sources: what the stage reads beside its parents, by the config's field that names its place.
@@ -43,6 +63,7 @@ def open_stage(
     path = Path(path)
     for parent in parents.values():
         parent.unchanged()
+    kind = kind_name(kind)
     wanted = Recipe(kind, config, parents, sources or {})
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; wanted a folder to write the {kind} to")
@@ -90,7 +111,7 @@ def obstacle(path: Path | str, kind: str, config: Any) -> str | None:
     return _holds_other(path, found, difference) if difference else None
 
 
-def _begin(path: Path, wanted: Recipe, parent_folders: dict[str, Path], hold: lock.Hold, overwrite: bool) -> Stage:
+def _begin(path: Path, wanted: Recipe, parent_folders: dict[str, Path], hold: lock.Hold, overwrite: bool) -> Stage[Any]:
     """The stage in a folder that this process owns."""
     begun, manifest = path / STATE / BEGUN, path / MANIFEST
     cleared = hold.fresh and (path / CLEARING).exists()
@@ -127,7 +148,7 @@ class Recipe:
 
     def stage(
         self, path: Path, hold: lock.Hold | None = None, parent_folders: Mapping[str, Path] | None = None
-    ) -> Stage:
+    ) -> Stage[Any]:
         """The writing side of this result in the folder `path`."""
         return Stage(
             path,
@@ -206,7 +227,7 @@ def _say_once(text: str) -> None:
         log.warning(text)
 
 
-def _found_finished(path: Path, wanted: Recipe) -> Stage:
+def _found_finished(path: Path, wanted: Recipe) -> Stage[Any]:
     """The stage of a finished artifact; what a process left that ended just after it wrote the manifest is removed."""
     wanted.must_be_of(path / MANIFEST, path)
     stage = wanted.stage(path)

@@ -13,10 +13,10 @@ import weakref
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from fd2fast import lock
-from fd2fast.artifacts.artifact import SCHEMA, Artifact
+from fd2fast.artifacts.artifact import SCHEMA, A, Artifact, result_of
 from fd2fast.artifacts.files import plain, read_torch, sync_folder, write_json, write_torch
 from fd2fast.artifacts.folder import BEGUN, MANIFEST, STAMPS, STATE
 from fd2fast.artifacts.identity import digest, identity_digest
@@ -24,7 +24,7 @@ from fd2fast.errors import UserError
 from fd2fast.sources import file_digest
 
 
-class Stage:
+class Stage(Generic[A]):
     """The writing side of an artifact. Made by `open_stage`.
 
     `finished` is the artifact when an equal run ended before; then there is nothing to do. Otherwise write files below
@@ -48,7 +48,7 @@ class Stage:
         self.path = path
         self.kind = kind
         self.state = path / STATE
-        self.finished: Artifact | None = None
+        self.finished: A | None = None
         self._config = config
         self._parents = parents
         self.inputs = inputs or {}
@@ -70,7 +70,7 @@ class Stage:
         std: tuple[float, ...] | list[float],
         facts: Mapping[str, Any] | None = None,
         measured: Mapping[str, Any] | None = None,
-    ) -> Artifact:
+    ) -> A:
         """Hash every file, write the manifest, drop the resume state and the claim on the folder.
 
         After a power cut the manifest is there, or what resuming needs. Raises UserError where another process has taken the
@@ -121,7 +121,23 @@ class Stage:
         sync_folder(self.path)
         shutil.rmtree(self.state, ignore_errors=True)
         self.release()
-        return Artifact(self.path, json.loads(json.dumps(manifest, default=plain)))
+        return result_of(self.path, json.loads(json.dumps(manifest, default=plain)))  # type: ignore[return-value]
+
+    def finish_like(
+        self, look: Artifact, facts: Mapping[str, Any] | None = None, measured: Mapping[str, Any] | None = None
+    ) -> A:
+        """`finish` with the classes, size and normalisation of another artifact."""
+        return self.finish(
+            classes=look.classes, size=look.size, mean=look.mean, std=look.std, facts=facts, measured=measured
+        )
+
+    def forget(self) -> None:
+        """Give the folder up as if this had not been begun, so that another command may use it; other files stay."""
+        (self.state / BEGUN).unlink(missing_ok=True)
+        self.release()
+        for folder in (self.state, self.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def release(self) -> None:
         """Give up the claim on the folder; what was written stays."""

@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fd2fast import seeding, threads
-from fd2fast.artifacts import STATE, Artifact, made, open_stage, resumable, write_json
+from fd2fast.artifacts import (
+    STATE,
+    Dataset,
+    TeacherArtifact,
+    TrainedTeacherFacts,
+    made,
+    open_stage,
+    resumable,
+    write_json,
+)
 from fd2fast.config import PretrainConfig, replace
 from fd2fast.data.augment import crop_resize, pretrain_views
 from fd2fast.data.outline import Outline, outline_of
@@ -30,7 +39,7 @@ from fd2fast.models.backbone import build_backbone, canonical_name, hub_name, lo
 from fd2fast.models.probe import check_weights, probe
 from fd2fast.models.prototypes import Prototypes
 from fd2fast.models.sight import must_see
-from fd2fast.models.teacher import FILE, Teacher
+from fd2fast.models.teacher import Teacher
 from fd2fast.models.training import accelerate
 from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.progress import Progress
@@ -97,7 +106,7 @@ def resolve(config: PretrainConfig, dataset_name: str) -> PretrainConfig:
 
 
 @released_at_end()
-def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite: bool = False) -> Artifact:
+def run(config: PretrainConfig, out: Path | str, dataset: Dataset, *, overwrite: bool = False) -> TeacherArtifact:
     """Train a teacher on the dataset artifact's training images and measure it on its whole test set.
 
     Writes teacher.safetensors, attention.png (mean attention over test images, from the first epoch on), curves.json (losses
@@ -116,16 +125,16 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
     for images, split in ((train, "training"), (test, "test")):
         if len(images.labels) == 0:
             raise UserError(f"{dataset.path} holds no {split} images")
-    settings = resolve(config, dataset.facts.get("name", ""))
+    settings = resolve(config, dataset.facts.name)
     sources = _sources(config, Path(out))
-    stage = open_stage(out, "teacher", config, {"dataset": dataset}, sources=sources, overwrite=overwrite)
+    stage = open_stage(out, TeacherArtifact, config, {"dataset": dataset}, sources=sources, overwrite=overwrite)
     if stage.finished:
         return stage.finished
     with repeatable():
         trainer = _Trainer(settings, train, test, device)
         if {name: source.digest for name, source in _sources(config, stage.path).items()} != stage.inputs:
             raise UserError(f"weights {config.weights} changed while they were read: run the same command again")
-        weights = _weights_facts(config, stage.inputs, trainer.teacher)
+        weights, weights_sha256 = _weights_facts(config, stage.inputs, trainer.teacher)
         begun = stage.restore(_STATE)
         if begun is not None:
             trainer.load_state(begun)
@@ -138,32 +147,29 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
                 trainer.train_epoch(bar)
                 stage.checkpoint(_STATE, trainer.state())
                 if trainer.tested or trainer.epoch == 1:
-                    picture(stage.path / "attention.png", trainer.attention_picture)
+                    picture(stage.path / TeacherArtifact.ATTENTION, trainer.attention_picture)
         trained = max((trainer.epoch - first) * len(train.labels), 1)
         seconds = time.monotonic() - started
         result = trainer.keep()
-        trainer.teacher.save(stage.path / FILE)
-        picture(stage.path / "attention.png", trainer.attention_picture)
-    write_json(stage.path / "curves.json", trainer.history)
-    picture(stage.path / "curves.png", lambda: _curves(trainer.history, trainer.teacher.name))
-    return stage.finish(
-        classes=dataset.classes,
-        size=dataset.size,
-        mean=dataset.mean,
-        std=dataset.std,
-        facts={
-            "model": trainer.teacher.name,
-            "attention_maps": settings.attention_maps,
-            "alpha": settings.alpha,
-            "channels": trainer.teacher.backbone.channels,
-            "backbone_accuracy": result["backbone_accuracy"],
-            "cal_accuracy": result["cal_accuracy"],
-            "epoch": result["epoch"],
-            "head_trained": trainer.head_trained,
-            **weights,
-            "notices": trainer.notices,
-        },
-        measured={"images_per_second": round(trained / max(seconds, 1e-9), 1), "device": str(device)},
+        trainer.teacher.save(stage.path / TeacherArtifact.WEIGHTS)
+        picture(stage.path / TeacherArtifact.ATTENTION, trainer.attention_picture)
+    write_json(stage.path / TeacherArtifact.CURVES, trainer.history)
+    picture(stage.path / TeacherArtifact.CURVES_PICTURE, lambda: _curves(trainer.history, trainer.teacher.name))
+    facts = TrainedTeacherFacts(
+        model=trainer.teacher.name,
+        attention_maps=trainer.teacher.attention_maps,
+        alpha=trainer.alpha,
+        channels=trainer.teacher.backbone.channels,
+        backbone_accuracy=result["backbone_accuracy"],
+        cal_accuracy=result["cal_accuracy"],
+        epoch=int(result["epoch"]),
+        head_trained=trainer.head_trained,
+        weights=weights,
+        weights_sha256=weights_sha256,
+        notices=trainer.notices,
+    )
+    return stage.finish_like(
+        dataset, facts, {"images_per_second": round(trained / max(seconds, 1e-9), 1), "device": str(device)}
     )
 
 
@@ -508,17 +514,19 @@ def _sources(config: PretrainConfig, out: Path) -> dict[str, Source]:
     return {"weights": replace(source, resumes=not (out / STATE / _STATE).is_file())}
 
 
-def _weights_facts(config: PretrainConfig, inputs: Mapping[str, str], teacher: Teacher) -> dict[str, str | None]:
-    """What the weights were, wherever they lie; of the hub's, by the tensors as they were loaded."""
+def _weights_facts(
+    config: PretrainConfig, inputs: Mapping[str, str], teacher: Teacher
+) -> tuple[str | None, str | None]:
+    """What the weights were, wherever they lie, and their hash; of the hub's, by the tensors as they were loaded."""
     if not config.weights:
-        return {"weights": None, "weights_sha256": None}
+        return None, None
     if config.weights != HUB:
-        return {"weights": "file", "weights_sha256": inputs["weights"]}
+        return "file", inputs["weights"]
     sha = hashlib.sha256()
     for name, value in sorted(teacher.backbone.net.state_dict().items()):
         if not name.startswith(f"{teacher.backbone.head}."):
             sha.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return {"weights": HUB, "weights_sha256": sha.hexdigest()}
+    return HUB, sha.hexdigest()
 
 
 @plotting()
