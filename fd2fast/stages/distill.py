@@ -7,7 +7,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,18 @@ from fd2fast.artifacts import (
     read_json,
     write_json,
 )
-from fd2fast.config import DistillConfig
+from fd2fast.config import DistillConfig, RunConfig, replace
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import grid, quantize, save_image
 from fd2fast.device import device_faults, pick_device, repeatable, settle_precision
 from fd2fast.engine import Engine
+from fd2fast.entries import Entry, folder_name, methods_of, teachers_of
 from fd2fast.errors import UserError, refuse
+from fd2fast.graph import Job, StageSpec
 from fd2fast.inputs import Draws, Inputs
 from fd2fast.lock import released_at_end
 from fd2fast.memory import StepMemory, beyond_memory, free_bytes, measure, too_small
-from fd2fast.methods import BASELINES, check_teachers, resolve
+from fd2fast.methods import BASELINES, check_teachers, patch_factor, resolve
 from fd2fast.methods import faults as check_settings
 from fd2fast.models.convolution import Choices
 from fd2fast.models.fused import FusedTeacher, fuse
@@ -437,3 +439,35 @@ def _losses(segments: Sequence[dict[str, Any]], config: DistillConfig) -> bytes:
         axes.set_xlabel("iteration")
     drawn.suptitle(f"{config.method}: {len(segments)} segments, mean and range")
     return png(drawn, 90)
+
+
+def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:
+    for method in methods_of(entries):
+        yield _job(replace(run.distill, method=method, ipc=max(run.ipc)), teachers_of(method, run.teachers))
+
+
+def _job(config: DistillConfig, teachers: Sequence[str]) -> Job:
+    return Job(
+        f"distill {config.method}",
+        f"images/{folder_name(config.method)}",
+        config,
+        key=config.method,
+        keys={"teachers": teachers, "patches": patch_factor(config.method)},
+        faults=lambda data, hub: faults(config, data, len(teachers), teachers),
+        settled=lambda data: settled(config, data),
+        space=lambda data: space(config, data),
+    )
+
+
+SPEC = StageSpec(
+    run,
+    _jobs,
+    faults,
+    shared=True,
+    examples=(
+        "fd2fast distill --dataset D --teachers T --patches P --method sre2l++_fd2 --ipc 5 --out runs/cub/images/sre2l++_fd2",
+        "On several GPUs (or machines that share the folder), with the same bytes as on one:",
+        "torchrun --nproc-per-node 8 -m fd2fast distill --dataset D --teachers T --patches P --ipc 5 --out I",
+    ),
+    notes={"teachers": "in round-robin order", "patches": "for methods that start from patches, and rded"},
+)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fd2fast import student, threads
 from fd2fast.artifacts import Dataset, Images, Labels, Metrics, MetricsFacts, made, open_stage, read_json, write_json
-from fd2fast.config import EvaluateConfig
+from fd2fast.config import EvaluateConfig, RunConfig, replace
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.store import load_split
 from fd2fast.data.views import VIEW_BOUNDS, batch_offsets
 from fd2fast.device import device_faults, pick_device, settle_precision
+from fd2fast.entries import Entry, folder_name, short_name
 from fd2fast.errors import UserError, refuse
+from fd2fast.graph import Job, StageSpec
 from fd2fast.lock import released_at_end
 from fd2fast.memory import beyond_memory, map_bytes
 from fd2fast.models.classifier import check_classifier
@@ -264,3 +266,40 @@ def _curves(results: dict[str, Any], config: EvaluateConfig, classes: int) -> by
     right.set_title(f"student {plain(config.model, 60)}", parse_math=False)
     right.legend(fontsize=8)
     return png(drawn, 110)
+
+
+def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:
+    for entry in entries:
+        for ipc in run.ipc:
+            for model in run.students:
+                yield _job(replace(run.evaluate, model=model, labels=entry.labels, ipc=ipc), entry, ipc, run)
+
+
+def _job(config: EvaluateConfig, entry: Entry, ipc: int, run: RunConfig) -> Job:
+    soft = entry.labels == "soft"
+    if not soft and config.epochs is None:
+        config = replace(config, epochs=run.relabel.epochs)
+    stored = run.relabel.epochs if soft else None
+    return Job(
+        f"students {short_name(config.model)} of {entry.name}, {ipc} per class",
+        f"metrics/{folder_name(entry.name)}-ipc{ipc}-{folder_name(config.model)}",
+        config,
+        key=(entry.name, ipc, config.model),
+        keys={"images": entry.method, "labels": (entry.method, ipc) if soft else None},
+        faults=lambda data, hub: faults(config, data, ipc, stored=stored, batch_size=run.relabel.batch_size),
+        settled=lambda data: settled(config),
+        space=lambda data: space(config, data),
+    )
+
+
+SPEC = StageSpec(
+    run,
+    _jobs,
+    faults,
+    run_all=lambda calls, overwrite: run_all([Row(*call) for call in calls], overwrite=overwrite),
+    examples=(
+        "fd2fast evaluate --dataset D --images I --soft-labels L --model ResNet18 --seeds 0 1 2 --out runs/cub/metrics/ResNet18",
+    ),
+    notes={"labels": "not needed with --labels hard"},
+    options={"labels": "soft_labels"},
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +12,15 @@ from torch.nn import functional as F
 
 from fd2fast import ops, seeding
 from fd2fast.artifacts import Dataset, Patches, PatchesFacts, Stage, TeacherArtifact, open_stage, sync_folder
-from fd2fast.config import PatchesConfig
+from fd2fast.config import PatchesConfig, RunConfig, replace
 from fd2fast.data.augment import crop_boxes
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import grid, normalise, read_image, save_image
 from fd2fast.data.store import ImageSet, load_split
 from fd2fast.device import device_faults, pick_device
+from fd2fast.entries import Entry, patch_factors
 from fd2fast.errors import refuse
+from fd2fast.graph import Job, StageSpec
 from fd2fast.lock import released_at_end
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.pictures import picture
@@ -182,3 +185,32 @@ def _preview(config: PatchesConfig, stage: Stage[Patches], train: ImageSet) -> b
     pictures: list[Any] = [read_image(stage.path / Patches.image_name(k, j)) for k in shown for j in range(columns)]
     titles = [train.classes[k][:24] for k in shown]
     return grid(torch.stack(pictures), columns, titles=titles)
+
+
+def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:
+    for factor in patch_factors(entries):
+        settings = replace(run.patches, factor=factor, per_class=max(run.patches.per_class, *run.ipc))
+        yield _job(settings, run.teachers[0])
+
+
+def _job(config: PatchesConfig, teacher: str) -> Job:
+    return Job(
+        f"patches {config.factor} x {config.factor}",
+        f"patches/{config.factor}",
+        config,
+        key=config.factor,
+        keys={"teacher": teacher},
+        faults=lambda data, hub: faults(config, data),
+        settled=lambda data: settled(config),
+        space=lambda data: space(config, data),
+    )
+
+
+SPEC = StageSpec(
+    run,
+    _jobs,
+    faults,
+    examples=(
+        "fd2fast patches --dataset runs/cub/dataset --teacher runs/cub/teachers/ResNet18 --factor 2 --out runs/cub/patches/2",
+    ),
+)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ from fd2fast.artifacts import (
     resumable,
     write_json,
 )
-from fd2fast.config import PretrainConfig, replace
+from fd2fast.config import PretrainConfig, RunConfig, replace
 from fd2fast.data.augment import crop_resize, pretrain_views
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import normalise
 from fd2fast.data.store import ImageSet, load_split
 from fd2fast.device import autocast, channels_last, device_faults, pick_device, repeatable, settle_precision
+from fd2fast.entries import Entry, folder_name, short_name
 from fd2fast.errors import UserError, refuse
+from fd2fast.graph import Job, StageSpec
 from fd2fast.lock import released_at_end
 from fd2fast.memory import beyond_memory, map_bytes
 from fd2fast.models.attention_views import crop_and_drop
@@ -551,3 +553,30 @@ def _curves(history: list[dict[str, float | int]], name: str) -> bytes:
         axes.legend(fontsize=7)
     drawn.tight_layout()
     return png(drawn, 100)
+
+
+def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:
+    for name in run.teachers:
+        yield _job(replace(run.pretrain, model=name))
+
+
+def _job(config: PretrainConfig) -> Job:
+    return Job(
+        f"teacher {short_name(config.model)}",
+        f"teachers/{folder_name(config.model)}",
+        config,
+        key=config.model,
+        faults=lambda data, hub: faults(config, data, hub=hub),
+        settled=lambda data: settled(config),
+        space=lambda data: space(config, data),
+    )
+
+
+SPEC = StageSpec(
+    run,
+    _jobs,
+    faults,
+    examples=(
+        "fd2fast pretrain --dataset runs/cub/dataset --model ResNet18 --weights resnet18.pth --out runs/cub/teachers/ResNet18",
+    ),
+)

@@ -28,7 +28,7 @@ from fd2fast.artifacts import (
     write_npy,
     writing,
 )
-from fd2fast.config import RelabelConfig
+from fd2fast.config import RelabelConfig, RunConfig, replace
 from fd2fast.data.distilled import load_images
 from fd2fast.data.outline import Outline
 from fd2fast.data.views import (
@@ -46,7 +46,9 @@ from fd2fast.data.views import (
     usual_batch_size,
 )
 from fd2fast.device import device_faults, pick_device
+from fd2fast.entries import Entry, folder_name, teachers_of
 from fd2fast.errors import UserError, refuse
+from fd2fast.graph import Job, StageSpec
 from fd2fast.lock import released_at_end
 from fd2fast.models.probe import probe
 from fd2fast.models.teacher import Teacher, load_teacher
@@ -350,3 +352,33 @@ def _reserve(path: Path, shape: tuple[int, ...], dtype: type) -> None:
     """A .npy file of zeros whose space is really taken: a full disk shows now, not as a signal in the middle of the work."""
     with atomic_path(path) as temporary:
         new_array(temporary, shape, dtype)
+
+
+def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:
+    for entry in entries:
+        for ipc in run.ipc if entry.labels == "soft" else ():
+            yield _job(replace(run.relabel, ipc=ipc), entry, ipc, teachers_of(entry.method, run.teachers))
+
+
+def _job(config: RelabelConfig, entry: Entry, ipc: int, teachers: Sequence[str]) -> Job:
+    return Job(
+        f"labels {entry.name}, {ipc} per class",
+        f"labels/{folder_name(entry.method)}-ipc{ipc}",
+        config,
+        key=(entry.method, ipc),
+        keys={"images": entry.method, "teachers": teachers},
+        faults=lambda data, hub: faults(config, data, ipc, teachers),
+        settled=lambda data: settled(config),
+        space=lambda data: space(config, data, ipc),
+    )
+
+
+SPEC = StageSpec(
+    run,
+    _jobs,
+    faults,
+    examples=(
+        "fd2fast relabel --images runs/cub/images/sre2l++_fd2 --teachers runs/cub/teachers/ResNet18 --epochs 400 --out L",
+    ),
+    notes={"teachers": "their logits are averaged"},
+)
