@@ -14,7 +14,7 @@ from fd2fast.data.outline import Outline, outline_of, outline_on_disk
 from fd2fast.entries import Entry, folder_name, parse_entry
 from fd2fast.errors import UserError, refuse
 from fd2fast.graph import Planned, plan_jobs
-from fd2fast.lock import own
+from fd2fast.lock import by_itself, own
 from fd2fast.models.backbone import canonical_name
 from fd2fast.ranges import out_of_range, repeated
 from fd2fast.space import Space
@@ -205,7 +205,7 @@ def _work(config: RunConfig, entries: Sequence[Entry], data: Outline, overwrite:
 def run(config: RunConfig, *, overwrite: bool = False, dry: bool = False) -> Path:
     """Run or resume everything below config.out; prints the table and returns the report's folder.
 
-    In a torchrun job the processes share the distilling; all else is done by the first, and the others wait for it.
+    In a torchrun job the processes share the distilling of each set of images, and of every other stage the artifacts.
     dry: stop after the checks and print what would be done. Raises UserError with all that `check` finds, before any work.
     """
     entries, wrong = settings_faults(config)
@@ -234,11 +234,8 @@ def _run(config: RunConfig, entries: Sequence[Entry], overwrite: bool) -> Path:
     planned = jobs(config, entries)
     for name, stage in specs().items():
         todo = [one for one in planned if one.name == name]
-        if stage.run_all is not None:
-            _make_together(todo, made, overwrite)
-        else:
-            for one in todo:
-                _make(one, made, overwrite)
+        if todo:
+            _make(todo, made, overwrite)
         if stage.output is Dataset:
             _check_data(Dataset.of(made[todo[-1].path]), config, entries, overwrite)
     _say("report")
@@ -255,28 +252,35 @@ def _check_data(dataset: Dataset, config: RunConfig, entries: Sequence[Entry], o
     refuse(current().told(lambda: data_faults(config, entries, outline_of(dataset), overwrite=overwrite)))
 
 
-def _make(one: Planned, made: dict[Path, Artifact], overwrite: bool) -> None:
-    """One artifact, by the stage's own processes or by the first."""
-    _say(one.job.title)
-    call = (one.job.config, one.path, *_inputs(one, made))
-    if one.stage.shared:
-        made[one.path] = one.stage.run(*call, overwrite=overwrite)
-    else:
-        made[one.path] = current().first(lambda: one.stage.run(*call, overwrite=overwrite and is_first()))
-    if one.stage.say is not None:
-        _print(one.stage.say(made[one.path]))
+def _make(todo: Sequence[Planned], made: dict[Path, Artifact], overwrite: bool) -> None:
+    """The artifacts of one stage, which do not depend on each other, into `made`.
 
-
-def _make_together(todo: Sequence[Planned], made: dict[Path, Artifact], overwrite: bool) -> None:
-    """All artifacts of a stage in one call, by the first process."""
-    if not todo:
-        return
-    _say(f"{todo[0].name}: {len(todo)} together")
+    Each is made by one process of the job, unless the stage itself shares out its work.
+    """
+    stage, workers = todo[0].stage, current()
     calls = [(one.job.config, one.path, *_inputs(one, made)) for one in todo]
-    run_all = todo[0].stage.run_all
-    assert run_all is not None
-    results = current().first(lambda: run_all(calls, overwrite=overwrite and is_first()))
-    made.update(zip((one.path for one in todo), results, strict=True))
+    if stage.shared:
+        for one, call in zip(todo, calls, strict=True):
+            _say(one.job.title)
+            made[one.path] = stage.run(*call, overwrite=overwrite)
+    elif stage.run_all is not None:
+        _say(f"{todo[0].name}: {len(todo)} together")
+        with by_itself():
+            results = stage.run_all(calls[workers.rank :: workers.world], overwrite=overwrite)
+        made.update(zip((one.path for one in todo[workers.rank :: workers.world]), results, strict=True))
+    else:
+        by = f" (process {workers.rank} of the job)" if workers.rank else ""
+        with by_itself():
+            # one alone is the first process's, whose progress people see
+            for number in workers.share(len(todo)) if len(todo) > 1 else range(int(is_first())):
+                say(f"\n== {todo[number].job.title}{by}")
+                made[todo[number].path] = stage.run(*calls[number], overwrite=overwrite)
+    workers.wait()
+    for one in todo:
+        if one.path not in made:
+            made[one.path] = stage.output.load(one.path)
+        if stage.say is not None:
+            _print(stage.say(made[one.path]))
 
 
 def _inputs(one: Planned, made: dict[Path, Artifact]) -> list[Any]:

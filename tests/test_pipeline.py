@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fd2fast import artifacts, cli, stages
+from fd2fast import artifacts, cli, lock, stages
 from fd2fast.artifacts import Dataset, Images, Labels, Metrics, TeacherArtifact
 from fd2fast.config import PretrainConfig, RunConfig
 from fd2fast.data.pixels import read_image
@@ -249,3 +252,47 @@ def test_a_stage_that_nobody_makes_the_inputs_of_is_told(mirrored):
         ValueError, match=r"mirror \(mirror random\): no stage before it makes an images artifact of 'random'"
     ):
         plan_jobs(unfed, RunConfig(), [parse_entry("random")])
+
+
+def test_two_processes_share_the_artifacts_and_make_the_same_as_one(tmp_path):
+    first, last = TINY.index("methods"), TINY.index("teachers")
+    text = TINY[:first] + 'methods = ["random:soft", "rded"]\n' + TINY[last:].replace("ipc = [1, 2]", "ipc = [1]")
+    (tmp_path / "tiny.toml").write_text(text)
+    together = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "fd2fast"]
+
+    def run(command, out, *options):
+        arguments = [
+            sys.executable,
+            *command,
+            "run",
+            "--config",
+            str(tmp_path / "tiny.toml"),
+            "--out",
+            str(tmp_path / out),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run([*arguments, *options], env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    def made(out):
+        found = {
+            p.parent.relative_to(tmp_path / out).as_posix(): p.parent for p in (tmp_path / out).rglob("manifest.json")
+        }
+        return {name: artifacts.load(folder) for name, folder in found.items()}
+
+    said = run(together, "two", "--relabel.seed", "7")
+    assert said.count("(process 1 of the job)") >= 2  # a teacher and a set of labels
+    assert said.count("== data set") == said.count("== report") == 1
+    before = made("two")
+    run(together, "two", "--overwrite")
+    run(["-m", "fd2fast"], "one")
+    two, one = made("two"), made("one")
+    assert {name: artifact.id for name, artifact in two.items()} == {
+        name: artifact.id for name, artifact in one.items()
+    }
+    changed = {name for name, artifact in two.items() if artifact.id != before[name].id}
+    assert {name.split("/")[0] for name in changed} == {"labels", "metrics"}
+    for artifact in two.values():
+        artifact.verify()
+    assert not list(tmp_path.rglob(f"{lock.OURS}*"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from fd2fast.errors import UserError
 
@@ -31,10 +31,12 @@ class Facts(Mapping[str, Any]):
                 facts.__dict__[name] = declared.default_factory()
         return facts
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in _declared(type(self)):
-            raise AttributeError(name)
-        raise UserError(f"the manifest of {self._whose} does not say its {name}: make it again")
+    if not TYPE_CHECKING:  # where it would make any name a fact
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in _declared(type(self)):
+                raise AttributeError(name)
+            raise UserError(f"the manifest of {self._whose} does not say its {name}: make it again")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({dict(self)})"

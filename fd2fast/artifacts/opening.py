@@ -222,8 +222,8 @@ def _other_result(
 
 
 def _say_once(text: str) -> None:
-    """A warning, once for all processes of a torchrun job."""
-    if os.environ.get("RANK", "0") == "0":
+    """A warning, once for all processes of a torchrun job that share this work."""
+    if not lock.joins():
         log.warning(text)
 
 
