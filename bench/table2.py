@@ -367,7 +367,7 @@ def picture(rows: Sequence[dict[str, Any]], title: str) -> Any:
 def given_teachers(options: Options, device: torch.device) -> dict[str, Teacher]:
     """Random ones of the sizes wanted, or those of a run."""
     from fd2fast import artifacts
-    from fd2fast.pipeline import folder_name
+    from fd2fast.entries import folder_name
 
     names = {name for method in options.methods for name in teachers_of(method, options.teacher, options.pool)}
     if options.teachers_from is None:

@@ -234,8 +234,9 @@ def _run(config: RunConfig, entries: Sequence[Entry], overwrite: bool) -> Path:
     planned = jobs(config, entries)
     for name, stage in specs().items():
         todo = [one for one in planned if one.name == name]
-        if todo:
-            _make(todo, made, overwrite)
+        if not todo:
+            continue
+        _make(todo, made, overwrite)
         if stage.output is Dataset:
             _check_data(Dataset.of(made[todo[-1].path]), config, entries, overwrite)
     _say("report")

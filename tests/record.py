@@ -39,8 +39,8 @@ from fd2fast.data.distilled import load_images
 from fd2fast.data.pixels import read_image
 from fd2fast.data.prepare import prepare
 from fd2fast.data.views import PER_EPOCH
+from fd2fast.entries import HARD, parse_entry
 from fd2fast.methods import BASELINES, METHODS, SEMANTICS, patch_factor, takes_committee
-from fd2fast.pipeline import HARD, parse_entry
 from fd2fast.stages import distill, evaluate, patches, pretrain, relabel
 from fd2fast.step import TERMS
 
