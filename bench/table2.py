@@ -367,7 +367,7 @@ def picture(rows: Sequence[dict[str, Any]], title: str) -> Any:
 def given_teachers(options: Options, device: torch.device) -> dict[str, Teacher]:
     """Random ones of the sizes wanted, or those of a run."""
     from fd2fast import artifacts
-    from fd2fast.pipeline import folder_name
+    from fd2fast.entries import folder_name
 
     names = {name for method in options.methods for name in teachers_of(method, options.teacher, options.pool)}
     if options.teachers_from is None:
@@ -376,7 +376,9 @@ def given_teachers(options: Options, device: torch.device) -> dict[str, Teacher]
             for name in sorted(names)
         }
     loaded = {
-        name: load_teacher(artifacts.load(options.teachers_from / folder_name(name), "teacher"), device, torch.float32)
+        name: load_teacher(
+            artifacts.TeacherArtifact.load(options.teachers_from / folder_name(name)), device, torch.float32
+        )
         for name in sorted(names)
     }
     for name, teacher in loaded.items():
@@ -396,7 +398,7 @@ def given_images(options: Options) -> Any:
     from fd2fast.data.pixels import normalise
     from fd2fast.data.store import load_split
 
-    dataset = artifacts.load(options.dataset, "dataset")
+    dataset = artifacts.Dataset.load(options.dataset)
     if dataset.size != options.size or len(dataset.classes) < options.rows:
         raise UserError(
             f"{dataset.path} has {len(dataset.classes)} classes of {dataset.size} pixels, wanted at least {options.rows} "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fd2fast.artifacts import Artifact
+from fd2fast.artifacts import Dataset, Patches, TeacherArtifact
 from fd2fast.data.pixels import read_image
 from fd2fast.data.store import ImageSet, load_split
 from fd2fast.data.views import images_at_once
@@ -22,9 +22,9 @@ Picker = Callable[[np.ndarray, int], np.ndarray]
 def select(
     method: str,
     ipc: int,
-    dataset: Artifact,
-    teacher: Artifact | None,
-    patches: Artifact | None,
+    dataset: Dataset,
+    teacher: TeacherArtifact | None,
+    patches: Patches | None,
     seed: int,
     device: torch.device | str,
 ) -> np.ndarray:
@@ -98,8 +98,8 @@ def _by_features(
     method: str,
     ipc: int,
     train: ImageSet,
-    dataset: Artifact,
-    teacher: Artifact | None,
+    dataset: Dataset,
+    teacher: TeacherArtifact | None,
     device: torch.device | str,
 ) -> list[np.ndarray]:
     if teacher is None:
@@ -125,13 +125,12 @@ def _by_features(
     return chosen
 
 
-def _from_patches(ipc: int, dataset: Artifact, patches: Artifact | None) -> np.ndarray:
+def _from_patches(ipc: int, dataset: Dataset, patches: Patches | None) -> np.ndarray:
     if patches is None:
         raise UserError("rded takes its images from patches and none were given: make them first")
-    if patches.kind != "patches":
-        raise UserError(f"{patches.path} holds a {patches.kind} artifact; wanted patches")
+    patches = Patches.of(patches)
     patches.must_fit(dataset)
-    held = int(patches.facts["per_class"])
+    held = patches.facts.per_class
     if held < ipc:
         raise UserError(
             f"{patches.path} holds {held} patches of each class, IPC {ipc} needs {ipc}: make patches with per_class {ipc}"
@@ -139,7 +138,7 @@ def _from_patches(ipc: int, dataset: Artifact, patches: Artifact | None) -> np.n
     out = np.empty((len(dataset.classes), ipc, 3, dataset.size, dataset.size), np.uint8)
     for label in range(len(dataset.classes)):
         for image_id in range(ipc):
-            path = patches.file(f"images/{label:05d}/class{label:05d}_id{image_id:05d}.png")
+            path = patches.image(label, image_id)
             pixels = read_image(path).numpy()
             if pixels.shape != out.shape[2:]:
                 raise UserError(f"{path} must be {list(out.shape[2:])}, got {list(pixels.shape)}")

@@ -4,214 +4,102 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import os
 import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
 from fd2fast import __version__, failure, stopping, threads
-from fd2fast.config import (
-    DataConfig,
-    DistillConfig,
-    EvaluateConfig,
-    PatchesConfig,
-    PretrainConfig,
-    RelabelConfig,
-    RunConfig,
-)
+from fd2fast.config import RunConfig
 from fd2fast.errors import UserError, nearest, refuse
 from fd2fast.paths import expand, expanded
 from fd2fast.presets import PRESETS, from_toml, preset, quick
 from fd2fast.progress import show_notes
+from fd2fast.stages import ADDED, STAGES
 from fd2fast.streams import say, steady
 from fd2fast.workers import is_first
+
+if TYPE_CHECKING:
+    from fd2fast.graph import StageSpec
 
 # Columns of the narrowest page of help: on fewer tyro never ends.
 _NARROWEST = 40
 
 T = TypeVar("T")
-Bare = Annotated[T, tyro.conf.arg(name="")]  # no "config." before every option
+_BARE = tyro.conf.arg(name="")  # no "config." before every option
+Bare = Annotated[T, _BARE]
 FilePath = Annotated[Path, tyro.conf.arg(metavar="PATH")]
 
 
-def datasets(
-    config: Bare[DataConfig] = DataConfig(), *, out: FilePath = Path("runs/dataset"), overwrite: bool = False
-) -> None:
-    """Check, resize and store a data set; every other stage reads the result.
-
-    fd2fast datasets --dataset typefaces --classes 50 --size 96 --out runs/faces/dataset
-
-    fd2fast datasets --dataset cub --root ~/CUB_200_2011 --size 224 --out runs/cub/dataset
-
-    Args:
-        out: Folder of the result.
-        overwrite: Make it anew when the folder holds a result with other settings.
-    """
-    from fd2fast.data.prepare import describe, prepare
-
-    say(describe(prepare(config, out, overwrite=overwrite)))
+def _bare(kind: type[Any]) -> Any:
+    """`Bare` of a class that is known when it runs only."""
+    return Annotated[kind, _BARE]
 
 
-def pretrain(
-    config: Bare[PretrainConfig] = PretrainConfig(), *, dataset: FilePath, out: FilePath, overwrite: bool = False
-) -> None:
-    """Train one teacher: backbone, CAL head and class prototypes.
+def _stage(name: str, about: str) -> Callable[[Sequence[str]], None]:
+    """The command of a stage: options for its settings and for the folders of its inputs."""
 
-    fd2fast pretrain --dataset runs/cub/dataset --model ResNet18 --weights resnet18.pth --out runs/cub/teachers/ResNet18
+    def command(arguments: Sequence[str]) -> None:
+        from fd2fast.stages import specs
 
-    Args:
-        dataset: Folder made by `fd2fast datasets`.
-        out: Folder of the result.
-        overwrite: Make it anew when the folder holds a result with other settings.
-    """
-    from fd2fast import artifacts
-    from fd2fast.stages import pretrain as stage
+        declared = specs()
+        makers = {stage.output: maker for maker, stage in reversed(declared.items())}
+        _parse(_stage_function(about, declared[name], makers), arguments, name)
 
-    _done(stage.run(config, out, artifacts.load(dataset, "dataset"), overwrite=overwrite))
+    command.__doc__ = about
+    return command
 
 
-def patches(
-    config: Bare[PatchesConfig] = PatchesConfig(),
-    *,
-    dataset: FilePath,
-    teacher: FilePath,
-    out: FilePath,
-    overwrite: bool = False,
-) -> None:
-    """Cut the initial images: real crops that the teacher recognises best.
+def _stage_function(about: str, stage: StageSpec, makers: Mapping[type, str]) -> Callable[..., None]:
+    """What tyro makes the options of a stage from. makers: for a type of artifact, the command that makes it."""
+    options = {stage.options.get(one.name, one.name): one for one in stage.inputs}
 
-    fd2fast patches --dataset runs/cub/dataset --teacher runs/cub/teachers/ResNet18 --factor 2 --out runs/cub/patches/2
+    def function(config: Any, *, out: Path, overwrite: bool = False, **folders: Any) -> None:
+        inputs: list[Any] = []
+        for option, one in options.items():
+            given = folders[option]
+            if one.several:
+                inputs.append([one.type.load(folder) for folder in given])
+            else:
+                inputs.append(None if given is None else one.type.load(given))
+        _done(stage.run(config, out, *inputs, overwrite=overwrite), stage.say)
 
-    Args:
-        dataset: Folder made by `fd2fast datasets`.
-        teacher: Folder made by `fd2fast pretrain`.
-        out: Folder of the result.
-        overwrite: Make it anew when the folder holds a result with other settings.
-    """
-    from fd2fast import artifacts
-    from fd2fast.stages import patches as stage
+    def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
-    _done(
-        stage.run(
-            config,
-            out,
-            artifacts.load(dataset, "dataset"),
-            artifacts.load(teacher, "teacher"),
-            overwrite=overwrite,
+    required = inspect.Parameter.empty
+    parameters = [
+        inspect.Parameter(
+            "config", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_bare(stage.config), default=stage.config()
         )
-    )
-
-
-def distill(
-    config: Bare[DistillConfig] = DistillConfig(),
-    *,
-    dataset: FilePath,
-    teachers: tuple[FilePath, ...] = (),
-    patches: FilePath | None = None,
-    out: FilePath,
-    overwrite: bool = False,
-) -> None:
-    """Make the synthetic images, of all classes at once.
-
-    fd2fast distill --dataset D --teachers T --patches P --method sre2l++_fd2 --ipc 5 --out runs/cub/images/sre2l++_fd2
-
-    On several GPUs (or machines that share the folder), with the same bytes as on one:
-
-    torchrun --nproc-per-node 8 -m fd2fast distill --dataset D --teachers T --patches P --ipc 5 --out I
-
-    Args:
-        dataset: Folder made by `fd2fast datasets`.
-        teachers: Folders made by `fd2fast pretrain`, in round-robin order.
-        patches: Folder made by `fd2fast patches` (methods that start from patches, and rded).
-        out: Folder of the result.
-        overwrite: Make it anew when the folder holds a result with other settings.
-    """
-    from fd2fast import artifacts
-    from fd2fast.stages import distill as stage
-
-    _done(
-        stage.run(
-            config,
-            out,
-            artifacts.load(dataset, "dataset"),
-            [artifacts.load(teacher, "teacher") for teacher in teachers],
-            artifacts.load(patches, "patches") if patches else None,
-            overwrite=overwrite,
-        )
-    )
-
-
-def relabel(
-    config: Bare[RelabelConfig] = RelabelConfig(),
-    *,
-    images: FilePath,
-    teachers: tuple[FilePath, ...],
-    out: FilePath,
-    overwrite: bool = False,
-) -> None:
-    """Store the teachers' soft labels for every augmented view a student will see.
-
-    fd2fast relabel --images runs/cub/images/sre2l++_fd2 --teachers runs/cub/teachers/ResNet18 --epochs 400 --out L
-
-    Args:
-        images: Folder made by `fd2fast distill`.
-        teachers: Folders made by `fd2fast pretrain`; their logits are averaged.
-        out: Folder of the result.
-        overwrite: Make it anew when the folder holds a result with other settings.
-    """
-    from fd2fast import artifacts
-    from fd2fast.stages import relabel as stage
-
-    _done(
-        stage.run(
-            config,
-            out,
-            artifacts.load(images, "images"),
-            [artifacts.load(teacher, "teacher") for teacher in teachers],
-            overwrite=overwrite,
-        )
-    )
-
-
-def evaluate(
-    config: Bare[EvaluateConfig] = EvaluateConfig(),
-    *,
-    dataset: FilePath,
-    images: FilePath,
-    soft_labels: FilePath | None = None,
-    out: FilePath,
-    overwrite: bool = False,
-) -> None:
-    """Train students from scratch on the synthetic images and test them on the whole real test set.
-
-    fd2fast evaluate --dataset D --images I --soft-labels L --model ResNet18 --seeds 0 1 2 --out runs/cub/metrics/ResNet18
-
-    Args:
-        dataset: Folder made by `fd2fast datasets`.
-        images: Folder made by `fd2fast distill`.
-        soft_labels: Folder made by `fd2fast relabel`; not needed with --labels hard.
-        out: Folder of the result.
-        overwrite: Make it anew when the folder holds a result with other settings.
-    """
-    from fd2fast import artifacts
-    from fd2fast.stages import evaluate as stage
-
-    _done(
-        stage.run(
-            config,
-            out,
-            artifacts.load(dataset, "dataset"),
-            artifacts.load(images, "images"),
-            artifacts.load(soft_labels, "labels") if soft_labels else None,
-            overwrite=overwrite,
-        )
-    )
+    ]
+    told = []
+    for option, one in options.items():
+        if one.several:
+            parameters.append(keyword(option, tuple[FilePath, ...], ()))
+        else:
+            parameters.append(
+                keyword(option, FilePath | None, None) if one.optional else keyword(option, FilePath, required)
+            )
+        note = f"; {stage.notes[one.name]}" if one.name in stage.notes else ""
+        told.append(f"{option}: Folder{'s' if one.several else ''} made by `fd2fast {makers[one.type]}`{note}.")
+    parameters += [keyword("out", FilePath, stage.out or required), keyword("overwrite", bool, False)]
+    told += [
+        "out: Folder of the result.",
+        "overwrite: Make it anew when the folder holds a result with other settings.",
+    ]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    arguments = "\n".join(f"    {line}" for line in told)
+    function.__doc__ = "\n\n".join([about, *stage.examples, f"Args:\n{arguments}"])
+    return function
 
 
 def report(*, run: FilePath) -> None:
@@ -243,6 +131,11 @@ def run(arguments: Sequence[str]) -> None:
     name, rest = _take(list(arguments), "--preset", "typefaces")
     file, rest = _take(rest, "--config", None)
     default = preset(name or "typefaces")
+    if ADDED:
+        from fd2fast.graph import with_settings
+        from fd2fast.stages import spec
+
+        default = with_settings(default, {added: spec(added) for added in ADDED})
     if file is not None:
         default = from_toml(expand(file, "--config"), default)
     if "--quick" in rest:
@@ -252,6 +145,7 @@ def run(arguments: Sequence[str]) -> None:
     def command(config: Bare[RunConfig] = default, *, overwrite: bool = False, dry_run: bool = False) -> None:
         _run(config, overwrite, dry_run)
 
+    command.__annotations__["config"] = _bare(type(default))  # with the settings of added stages
     command.__doc__ = f"""Do everything: data set, teachers, patches, distilled images, soft labels, students, report.
 
     Without options: the built-in typefaces, some minutes on two cores. Examples:
@@ -319,7 +213,7 @@ def import_(*, checkpoint: FilePath, dataset: FilePath, model: str, out: FilePat
     from fd2fast import artifacts
     from fd2fast.stages.exchange import import_teacher
 
-    _done(import_teacher(checkpoint, model, out, artifacts.load(dataset, "dataset"), overwrite=overwrite))
+    _done(import_teacher(checkpoint, model, out, artifacts.Dataset.load(dataset), overwrite=overwrite))
 
 
 def export(*, artifact: FilePath, out: FilePath, ipc: int | None = None) -> None:
@@ -336,8 +230,11 @@ def export(*, artifact: FilePath, out: FilePath, ipc: int | None = None) -> None
     say(export_artifact(artifacts.load(artifact), out, ipc=ipc))
 
 
-def _done(artifact: Any) -> None:
+def _done(artifact: Any, told: Callable[[Any], str] | None = None) -> None:
     if not is_first():
+        return
+    if told is not None:
+        say(told(artifact))
         return
     say(f"{artifact.kind}: {artifact.path} ({artifact.measured['seconds']:.1f} s)")
     for name, value in artifact.facts.items():
@@ -404,12 +301,7 @@ def _simple(function: Callable[..., None], name: str) -> Callable[[Sequence[str]
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": run,
-    "datasets": _simple(datasets, "datasets"),
-    "pretrain": _simple(pretrain, "pretrain"),
-    "patches": _simple(patches, "patches"),
-    "distill": _simple(distill, "distill"),
-    "relabel": _simple(relabel, "relabel"),
-    "evaluate": _simple(evaluate, "evaluate"),
+    **{name: _stage(name, about) for name, (_, about) in STAGES.items()},
     "report": _simple(report, "report"),
     "bench": bench,
     "import": _simple(import_, "import"),
@@ -418,15 +310,23 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
-# Commands whose work a torchrun job shares.
-SHARED = ("distill", "run")
+def commands() -> dict[str, Callable[[Sequence[str]], None]]:
+    """Every command, with those of stages that were added later."""
+    return COMMANDS | {name: _stage(name, STAGES[name][1]) for name in ADDED if name not in COMMANDS}
+
+
+def _shared() -> list[str]:
+    """Commands whose work a torchrun job shares."""
+    from fd2fast.stages import specs
+
+    return [*(name for name, stage in specs().items() if stage.shared), "run"]
 
 
 def usage() -> str:
     """The first help page."""
     lines = [f"fd2fast {__version__}: distil a fine-grained image data set into a few synthetic images per class", ""]
     lines += ["usage: fd2fast COMMAND [OPTIONS]     (fd2fast COMMAND --help explains the options)", ""]
-    lines += [f"  {name:9} {(command.__doc__ or '').strip().splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:9} {(command.__doc__ or '').strip().splitlines()[0]}" for name, command in commands().items()]
     return "\n".join(lines)
 
 
@@ -469,13 +369,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: Sequence[str]) -> None:
-    if arguments[0] not in COMMANDS:
-        raise UserError(f"unknown command {arguments[0]!r}: {nearest(arguments[0], COMMANDS)}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments[0] not in SHARED:
-        raise UserError(
-            f"{arguments[0]} runs in one process: start it without torchrun ({', '.join(SHARED)} can share)"
-        )
-    COMMANDS[arguments[0]](arguments[1:])
+    name = arguments[0]
+    if name not in commands():
+        raise UserError(f"unknown command {name!r}: {nearest(name, commands())}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in (shared := _shared()):
+        raise UserError(f"{name} runs in one process: start it without torchrun ({', '.join(shared)} can share)")
+    commands()[name](arguments[1:])
 
 
 def _complain(error: BaseException, told: str) -> None:

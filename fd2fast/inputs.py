@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fd2fast import ops
-from fd2fast.artifacts import Artifact
+from fd2fast.artifacts import Dataset, Images, Patches
 from fd2fast.config import DistillConfig
 from fd2fast.data.pixels import normalise, read_image
 from fd2fast.data.store import ImageSet, load_split
@@ -28,11 +28,6 @@ Draws = Mapping[int, ArrayLike]
 _CHUNK = 64  # iterations in one table
 _PRIOR_BATCH = 64  # finished images in one forward pass
 _READERS = 4  # threads that decode images
-
-
-def image_name(label: int, image_id: int, extension: str) -> str:
-    """Where a distilled image lies in its artifact."""
-    return f"images/new{label:03d}/class{label:03d}_id{image_id:03d}.{extension}"
 
 
 @dataclass(frozen=True)
@@ -55,8 +50,8 @@ class Inputs:
         self,
         config: DistillConfig,
         plan: Plan,
-        dataset: Artifact,
-        patches: Artifact | None,
+        dataset: Dataset,
+        patches: Patches | None,
         teachers: Sequence[Teacher],
         folder: Path,
         device: torch.device,
@@ -92,7 +87,7 @@ class Inputs:
         for segment in segments:
             image_id = int(self.plan.image_id[segment])
             for label in self.classes_of(segment):
-                yield self.folder / image_name(label, image_id, self.extension)
+                yield self.folder / Images.image_name(label, image_id, self.extension)
 
     def committee(self, image_id: int) -> list[int]:
         """The teachers of an image id, a function of (seed, image id) only, in the order given."""
@@ -122,10 +117,9 @@ class Inputs:
             assert self.patches is not None
             chosen = np.full(len(self.dataset.classes), image_id)
             if self.config.patch_choice == "random":
-                held = int(self.patches.facts["per_class"])
+                held = self.patches.facts.per_class
                 chosen = numpy_generator(seed, "patch", image_id).integers(held, size=len(chosen))
-            names = [f"images/{k:05d}/class{k:05d}_id{int(chosen[k]):05d}.png" for k in labels]
-            pixels = self.read([self.patches.file(name) for name in names])
+            pixels = self.read([self.patches.image(k, int(chosen[k])) for k in labels])
         return normalise(pixels, self.dataset.mean, self.dataset.std, self.dtype)
 
     def read(self, paths: Sequence[Path]) -> Tensor:
@@ -180,7 +174,7 @@ class Inputs:
         for position, segment in enumerate(segments):
             ids = [int(self.plan.image_id[p]) for p in earlier[bounds[position] : bounds[position + 1]]]
             labels = self.classes_of(segment)
-            files += [self.folder / image_name(k, i, self.extension) for k in labels for i in ids]
+            files += [self.folder / Images.image_name(k, i, self.extension) for k in labels for i in ids]
             lengths += [len(ids)] * len(labels)
             draws.append(self._view_draws(segment, labels, ids))
         images = normalise(self.read(files), self.dataset.mean, self.dataset.std, self.dtype).to(self.device)

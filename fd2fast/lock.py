@@ -157,7 +157,7 @@ _scopes = threading.local()
 def take(folder: Path | str, *, patience: float = 0.0) -> Hold:
     """Own `folder`, made where it is missing, until the claim is released or the process ends.
 
-    In a torchrun job the first process owns it and the others join. The same thread may take a folder again.
+    In a torchrun job the first process owns it and the others join, but `by_itself`. The same thread may take a folder again.
     patience: seconds to wait for an owner that lives.
     Raises InUse where another process or thread that lives owns it, UserError where the folder cannot be written.
     """
@@ -167,7 +167,7 @@ def take(folder: Path | str, *, patience: float = 0.0) -> Hold:
             f"{folder} is a symbolic link to {os.readlink(folder)}, which is missing: make that folder first"
         )
     real = Path(os.path.realpath(folder))
-    if _joins():
+    if joins():
         found = _look(real / LOCK) if real.is_dir() else None
         if found is not None and found.owner is not None and found.owner.job != _job():
             if _lives(found, time.time() - found.beat):
@@ -245,6 +245,8 @@ def refuse_below_running(folder: Path | str) -> None:
         with contextlib.suppress(OSError, UserError):
             found = _look(above / LOCK)
         if found is None or found.owner is None or found.mark in {held.token for held in _table.values()}:
+            continue
+        if found.owner.job and found.owner.job == _job():  # which shares out its work below
             continue
         if _lives(found, time.time() - found.beat):
             raise _in_use(above, found)
@@ -538,9 +540,20 @@ def _job() -> str:
     return "/".join(os.environ.get(name, "") for name in names)
 
 
-def _joins() -> bool:
-    """Whether this is a process of a job whose first process owns for it."""
-    return bool(_job()) and os.environ.get("RANK", "0") != "0"
+def joins() -> bool:
+    """Whether this is a process of a job whose first process owns and speaks for it."""
+    return bool(_job()) and os.environ.get("RANK", "0") != "0" and not getattr(_scopes, "by_itself", False)
+
+
+@contextlib.contextmanager
+def by_itself() -> Iterator[None]:
+    """What this thread takes meanwhile it owns itself, in any process of a job: work that no other process of it shares."""
+    before = getattr(_scopes, "by_itself", False)
+    _scopes.by_itself = True
+    try:
+        yield
+    finally:
+        _scopes.by_itself = before
 
 
 def _in_use(folder: Path, found: _Found) -> InUse:

@@ -1,66 +1,26 @@
-"""The one way through the house: every stage of a run in order, each kept and skipped when it is finished."""
+"""A run: the jobs of all stages in order, looked at as a whole before the first, each kept and skipped when it is finished."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fd2fast import artifacts, space
-from fd2fast.artifacts import Artifact
-from fd2fast.config import (
-    DistillConfig,
-    EvaluateConfig,
-    PatchesConfig,
-    PretrainConfig,
-    RelabelConfig,
-    RunConfig,
-    replace,
-)
-from fd2fast.data import prepare as prepare_stage
+from fd2fast.artifacts import Artifact, Dataset, Images, Metrics, TeacherArtifact
+from fd2fast.config import RunConfig
 from fd2fast.data.outline import Outline, outline_of, outline_on_disk
+from fd2fast.entries import Entry, folder_name, parse_entry
 from fd2fast.errors import UserError, refuse
-from fd2fast.lock import own
-from fd2fast.methods import check_name, patch_factor, takes_committee
+from fd2fast.graph import Planned, plan_jobs
+from fd2fast.lock import by_itself, own
 from fd2fast.models.backbone import canonical_name
 from fd2fast.ranges import out_of_range, repeated
 from fd2fast.space import Space
-from fd2fast.stages import distill, evaluate, patches, pretrain, relabel, report
+from fd2fast.stages import report, specs
 from fd2fast.streams import say
 from fd2fast.workers import current, is_first
-
-T = TypeVar("T")
-HARD = ("random", "herding", "kcenter")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of the table: a method and how its images are labelled."""
-
-    method: str
-    labels: str
-
-    @property
-    def name(self) -> str:
-        default = "hard" if self.method in HARD else "soft"
-        return self.method if self.labels == default else f"{self.method}:{self.labels}"
-
-
-def parse_entry(text: str) -> Entry:
-    """`sre2l++_fd2`, `random`, `random:soft`; UserError for unknown names."""
-    method, _, labels = text.partition(":")
-    check_name(method)
-    labels = labels or ("hard" if method in HARD else "soft")
-    if labels not in ("hard", "soft"):
-        raise UserError(f"{text!r}: labels are hard or soft, not {labels!r}")
-    return Entry(method, labels)
-
-
-def folder_name(name: str) -> str:
-    """A model or method name as a folder name."""
-    return "".join(c if c.isalnum() or c in "+-_." else "-" for c in name)
 
 
 @dataclass(frozen=True)
@@ -140,12 +100,8 @@ def settings_faults(config: RunConfig) -> tuple[list[Entry], list[str]]:
         except UserError as error:
             found.append(str(error))
     found += [f"methods name {name} twice" for name in repeated(entry.name for entry in entries)]
-    found += prepare_stage.faults(config.data)
-    found += pretrain.faults(config.pretrain)
-    found += patches.faults(config.patches)
-    found += distill.faults(config.distill)
-    found += relabel.faults(config.relabel)
-    found += evaluate.faults(config.evaluate)
+    for stage in specs().values():
+        found += stage.faults(stage.settings(config))
     return entries, _once(found)
 
 
@@ -154,35 +110,15 @@ def data_faults(
 ) -> list[str]:
     """What is wrong with a run for this data set: counts of images, models and their weights, sizes; finished stages are left."""
     found: list[str] = []
-
-    def is_open(path: Path) -> bool:
-        return overwrite or not artifacts.made(path)
-
-    for name in config.teachers:
-        if is_open(_teacher_folder(config, name)):
-            found += pretrain.faults(_pretrain(config, name), data, hub=hub)
-    for factor in _factors(entries):
-        if is_open(_patches_folder(config, factor)):
-            found += patches.faults(_patches(config, factor), data)
-    for method in dict.fromkeys(entry.method for entry in entries):
-        teachers = _teachers_of(method, config.teachers)
-        if is_open(_images_folder(config, method)):
-            found += distill.faults(_distill(config, method), data, len(teachers), teachers)
-    for entry, ipc in _rows(config, entries):
-        teachers = _teachers_of(entry.method, config.teachers)
-        soft = entry.labels == "soft"
-        if soft and is_open(_labels_folder(config, entry.method, ipc)):
-            found += relabel.faults(_relabel(config, ipc), data, ipc, teachers)
-        for student in config.students:
-            if is_open(_metrics_folder(config, entry, ipc, student)):
-                found += evaluate.faults(
-                    _evaluate(config, entry, ipc, student),
-                    data,
-                    ipc,
-                    stored=config.relabel.epochs if soft else None,
-                    batch_size=config.relabel.batch_size,
-                )
+    for one in jobs(config, entries):
+        if overwrite or not artifacts.made(one.path):
+            found += one.job.faults(data, hub)
     return _once(found)
+
+
+def jobs(config: RunConfig, entries: Sequence[Entry]) -> list[Planned]:
+    """Every artifact of the run, in the order in which they are made."""
+    return plan_jobs(specs(), config, entries)
 
 
 def needed(work: Sequence[Work]) -> Space:
@@ -240,7 +176,7 @@ def _outline(config: RunConfig, overwrite: bool) -> Outline:
     """Of the prepared data set where these settings have made one, else as it lies on disk."""
     path = Path(config.out) / "dataset"
     if artifacts.made(path) and not overwrite and artifacts.obstacle(path, "dataset", config.data) is None:
-        return outline_of(artifacts.load(path, "dataset"))
+        return outline_of(Dataset.load(path))
     return outline_on_disk(config.data)
 
 
@@ -248,134 +184,28 @@ def _once(faults: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(faults))
 
 
-def _short(model: str) -> str:
-    """A model's name without its settings."""
-    return model.split(",")[0]
-
-
 def _too_long(path: Path) -> bool:
     return len(path.name.encode("utf-8", "surrogateescape")) > space.LONGEST_NAME
-
-
-def _factors(entries: Sequence[Entry]) -> list[int]:
-    """Of the patches that the methods start from, in order."""
-    return list(dict.fromkeys(factor for entry in entries if (factor := patch_factor(entry.method))))
-
-
-def _rows(config: RunConfig, entries: Sequence[Entry]) -> list[tuple[Entry, int]]:
-    return [(entry, ipc) for entry in entries for ipc in config.ipc]
-
-
-def _pretrain(config: RunConfig, name: str) -> PretrainConfig:
-    return replace(config.pretrain, model=name)
-
-
-def _patches(config: RunConfig, factor: int) -> PatchesConfig:
-    return replace(config.patches, factor=factor, per_class=max(config.patches.per_class, *config.ipc))
-
-
-def _distill(config: RunConfig, method: str) -> DistillConfig:
-    return replace(config.distill, method=method, ipc=max(config.ipc))
-
-
-def _relabel(config: RunConfig, ipc: int) -> RelabelConfig:
-    return replace(config.relabel, ipc=ipc)
-
-
-def _evaluate(config: RunConfig, entry: Entry, ipc: int, student: str) -> EvaluateConfig:
-    settings = replace(config.evaluate, model=student, labels=entry.labels, ipc=ipc)
-    if entry.labels == "hard" and settings.epochs is None:
-        return replace(settings, epochs=config.relabel.epochs)
-    return settings
-
-
-def _teacher_folder(config: RunConfig, name: str) -> Path:
-    return Path(config.out) / "teachers" / folder_name(name)
-
-
-def _patches_folder(config: RunConfig, factor: int) -> Path:
-    return Path(config.out) / "patches" / str(factor)
-
-
-def _images_folder(config: RunConfig, method: str) -> Path:
-    return Path(config.out) / "images" / folder_name(method)
-
-
-def _labels_folder(config: RunConfig, method: str, ipc: int) -> Path:
-    return Path(config.out) / "labels" / f"{folder_name(method)}-ipc{ipc}"
-
-
-def _metrics_folder(config: RunConfig, entry: Entry, ipc: int, student: str) -> Path:
-    return Path(config.out) / "metrics" / f"{folder_name(entry.name)}-ipc{ipc}-{folder_name(student)}"
 
 
 def _work(config: RunConfig, entries: Sequence[Entry], data: Outline, overwrite: bool) -> list[Work]:
     """Every artifact of the run, in order, but those whose own faults leave their settings or sizes unknown."""
     work: list[Work] = []
-
-    def add(title: str, path: Path, kind: str, settled: Callable[[], Any], sized: Callable[[], Space]) -> None:
-        if any(one.path == path for one in work):
-            return
+    for one in jobs(config, entries):
+        job, kind = one.job, one.stage.output.KIND
         try:
-            work.append(Work(title, path, kind, settled(), sized() if overwrite or not artifacts.made(path) else None))
+            settings = job.settled(data) if job.settled is not None else job.config
+            size = job.space(data) if overwrite or not artifacts.made(one.path) else None
+            work.append(Work(job.title, one.path, kind, settings, size))
         except UserError:  # the stage's own faults say why
-            return
-
-    add("data set", Path(config.out) / "dataset", "dataset", lambda: config.data, lambda: prepare_stage.space(data))
-    for name in config.teachers:
-        settings = _pretrain(config, name)
-        add(
-            f"teacher {_short(name)}",
-            _teacher_folder(config, name),
-            "teacher",
-            partial(pretrain.settled, settings),
-            partial(pretrain.space, settings, data),
-        )
-    for factor in _factors(entries):
-        cut = _patches(config, factor)
-        add(
-            f"patches {factor} x {factor}",
-            _patches_folder(config, factor),
-            "patches",
-            partial(patches.settled, cut),
-            partial(patches.space, cut, data),
-        )
-    for entry in entries:
-        made = _distill(config, entry.method)
-        add(
-            f"distill {entry.method}",
-            _images_folder(config, entry.method),
-            "images",
-            partial(distill.settled, made, data),
-            partial(distill.space, made, data),
-        )
-    for entry, ipc in _rows(config, entries):
-        if entry.labels == "soft":
-            labels = _relabel(config, ipc)
-            add(
-                f"labels {entry.name}, {ipc} per class",
-                _labels_folder(config, entry.method, ipc),
-                "labels",
-                partial(relabel.settled, labels),
-                partial(relabel.space, labels, data, ipc),
-            )
-    for entry, ipc in _rows(config, entries):
-        for student in config.students:
-            row = _evaluate(config, entry, ipc, student)
-            add(
-                f"students {_short(student)} of {entry.name}, {ipc} per class",
-                _metrics_folder(config, entry, ipc, student),
-                "metrics",
-                partial(evaluate.settled, row),
-                partial(evaluate.space, row, data),
-            )
+            continue
     return work
 
 
 def run(config: RunConfig, *, overwrite: bool = False, dry: bool = False) -> Path:
     """Run or resume everything below config.out; prints the table and returns the report's folder.
 
-    In a torchrun job the processes share the distilling; all else is done by the first, and the others wait for it.
+    In a torchrun job the processes share the distilling of each set of images, and of every other stage the artifacts.
     dry: stop after the checks and print what would be done. Raises UserError with all that `check` finds, before any work.
     """
     entries, wrong = settings_faults(config)
@@ -400,84 +230,87 @@ def run(config: RunConfig, *, overwrite: bool = False, dry: bool = False) -> Pat
 
 def _run(config: RunConfig, entries: Sequence[Entry], overwrite: bool) -> Path:
     """`run` after its checks, in a folder that this job owns."""
-    out = Path(config.out)
-    workers = current()
-
-    def by_one(stage: Callable[..., Artifact], *arguments: Any) -> Artifact:
-        return workers.first(lambda: stage(*arguments, overwrite=overwrite and is_first()))
-
-    _say("data set")
-    dataset = by_one(prepare_stage.prepare, config.data, out / "dataset")
-    _print(prepare_stage.describe(dataset))
-    # images that could not be read are known now
-    refuse(workers.told(lambda: data_faults(config, entries, outline_of(dataset), overwrite=overwrite)))
-
-    teachers: dict[str, Artifact] = {}
-    for name in config.teachers:
-        _say(f"teacher {name}")
-        teachers[name] = by_one(pretrain.run, _pretrain(config, name), _teacher_folder(config, name), dataset)
-    first = teachers[config.teachers[0]]
-
-    cut: dict[int, Artifact] = {}
-
-    def patches_for(factor: int) -> Artifact:
-        if factor not in cut:
-            _say(f"patches {factor} x {factor}")
-            cut[factor] = by_one(patches.run, _patches(config, factor), _patches_folder(config, factor), dataset, first)
-        return cut[factor]
-
-    images: dict[str, Artifact] = {}
-    rows: list[evaluate.Row] = []
-    for entry in entries:
-        method = entry.method
-        if method not in images:
-            _say(f"distill {method}")
-            factor = patch_factor(method)
-            images[method] = distill.run(
-                _distill(config, method),
-                _images_folder(config, method),
-                dataset,
-                _teachers_of(method, list(teachers.values())),
-                patches_for(factor) if factor else None,
-                overwrite=overwrite,
-            )
-        for ipc in config.ipc:
-            labels = None
-            if entry.labels == "soft":
-                _say(f"labels {entry.name}, {ipc} per class")
-                labels = by_one(
-                    relabel.run,
-                    _relabel(config, ipc),
-                    _labels_folder(config, method, ipc),
-                    images[method],
-                    _teachers_of(method, list(teachers.values())),
-                )
-            for student in config.students:
-                where = _metrics_folder(config, entry, ipc, student)
-                rows.append(
-                    evaluate.Row(_evaluate(config, entry, ipc, student), where, dataset, images[method], labels)
-                )
-
-    _say(f"students: {len(rows) * len(config.evaluate.seeds)}, {len(config.evaluate.seeds)} for each row of the table")
-    metrics = workers.first(lambda: evaluate.run_all(rows, overwrite=overwrite and is_first()))
-
+    made: dict[Path, Artifact] = {}
+    planned = jobs(config, entries)
+    for name, stage in specs().items():
+        todo = [one for one in planned if one.name == name]
+        if not todo:
+            continue
+        _make(todo, made, overwrite)
+        if stage.output is Dataset:
+            _check_data(Dataset.of(made[todo[-1].path]), config, entries, overwrite)
     _say("report")
-    index = {
-        "dataset": "dataset",
-        "teachers": [_relative(t, out) for t in teachers.values()],
-        "images": [_relative(i, out) for i in images.values()],
-        "metrics": [_relative(m, out) for m in metrics],
-    }
+    out = Path(config.out)
     if is_first():
-        artifacts.write_json(out / "run.json", index)
+        artifacts.write_json(out / "run.json", _index(planned, out))
         _print(report_of(out))
-    workers.wait()
+    current().wait()
     return out / "report"
 
 
-def _teachers_of(method: str, teachers: Sequence[T]) -> list[T]:
-    """Who makes the images and labels them: all teachers where the method is a committee's, else the first."""
-    return list(teachers) if takes_committee(method) else list(teachers[:1])
+def _check_data(dataset: Dataset, config: RunConfig, entries: Sequence[Entry], overwrite: bool) -> None:
+    """UserError for what is wrong now that it is known which images could be read."""
+    refuse(current().told(lambda: data_faults(config, entries, outline_of(dataset), overwrite=overwrite)))
+
+
+def _make(todo: Sequence[Planned], made: dict[Path, Artifact], overwrite: bool) -> None:
+    """The artifacts of one stage, which do not depend on each other, into `made`.
+
+    Each is made by one process of the job, unless the stage itself shares out its work.
+    """
+    stage, workers = todo[0].stage, current()
+    calls = [(one.job.config, one.path, *_inputs(one, made)) for one in todo]
+    if stage.shared:
+        for one, call in zip(todo, calls, strict=True):
+            _say(one.job.title)
+            made[one.path] = stage.run(*call, overwrite=overwrite)
+    elif stage.run_all is not None:
+        _say(f"{todo[0].name}: {len(todo)} together")
+        with by_itself():
+            results = stage.run_all(calls[workers.rank :: workers.world], overwrite=overwrite)
+        made.update(zip((one.path for one in todo[workers.rank :: workers.world]), results, strict=True))
+    else:
+        by = f" (process {workers.rank} of the job)" if workers.rank else ""
+        with by_itself():
+            # one alone is the first process's, whose progress people see
+            for number in workers.share(len(todo)) if len(todo) > 1 else range(int(is_first())):
+                say(f"\n== {todo[number].job.title}{by}")
+                made[todo[number].path] = stage.run(*calls[number], overwrite=overwrite)
+    workers.wait()
+    for one in todo:
+        if one.path not in made:
+            made[one.path] = stage.output.load(one.path)
+        if stage.say is not None:
+            _print(stage.say(made[one.path]))
+
+
+def _inputs(one: Planned, made: dict[Path, Artifact]) -> list[Any]:
+    """The artifacts of a job's parameters."""
+
+    def result(parent: Planned | list[Planned] | None) -> Any:
+        if isinstance(parent, list):
+            return [made[each.path] for each in parent]
+        return None if parent is None else made[parent.path]
+
+    return [result(parent) for parent in one.inputs]
+
+
+def _index(planned: Sequence[Planned], out: Path) -> dict[str, Any]:
+    """run.json: the folders that the report is drawn from, of images those that were tested."""
+
+    def folders(jobs: Sequence[Planned]) -> list[str]:
+        return list(dict.fromkeys(one.path.relative_to(out).as_posix() for one in jobs))
+
+    def of(kind: type[Artifact]) -> list[Planned]:
+        return [one for one in planned if one.stage.output is kind]
+
+    parents = [parent for one in of(Metrics) for parent in one.inputs if isinstance(parent, Planned)]
+    return {
+        "dataset": folders(of(Dataset))[-1],
+        "teachers": folders(of(TeacherArtifact)),
+        "images": folders([parent for parent in parents if parent.stage.output is Images]),
+        "metrics": folders(of(Metrics)),
+    }
 
 
 def report_of(out: Path | str) -> str:
@@ -493,18 +326,13 @@ def report_of(out: Path | str) -> str:
         folders += named[name] if isinstance(named.get(name), list) else [None]
     if not all(isinstance(folder, str) for folder in folders):
         raise UserError(f"{out / 'run.json'} is damaged: it does not list the run's folders; {again}")
-    load = artifacts.load
     return report.run(
         out / "report",
-        dataset=load(out / index["dataset"], "dataset"),
-        teachers=[load(out / p, "teacher") for p in index["teachers"]],
-        images=[load(out / p, "images") for p in index["images"]],
-        metrics=[load(out / p, "metrics") for p in index["metrics"]],
+        dataset=Dataset.load(out / index["dataset"]),
+        teachers=[TeacherArtifact.load(out / p) for p in index["teachers"]],
+        images=[Images.load(out / p) for p in index["images"]],
+        metrics=[Metrics.load(out / p) for p in index["metrics"]],
     )
-
-
-def _relative(artifact: Artifact, out: Path) -> str:
-    return artifact.path.relative_to(out).as_posix()
 
 
 def _say(text: str) -> None:

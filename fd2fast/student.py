@@ -18,9 +18,13 @@ from torch.nn import functional as F
 
 from fd2fast import seeding, threads
 from fd2fast.artifacts import (
+    STATE,
     Artifact,
+    Dataset,
+    Images,
+    Labels,
+    Metrics,
     config_dict,
-    load,
     read_torch,
     resumable,
     sync_folder,
@@ -95,11 +99,11 @@ class Lessons:
 
 
 def prepare(
-    config: EvaluateConfig, dataset: Artifact, images: Artifact, labels: Artifact | None
+    config: EvaluateConfig, dataset: Dataset, images: Images, labels: Labels | None
 ) -> tuple[Lessons, dict[str, Artifact]]:
     """The views and labels of the students, checked, and the parents of the result."""
     device = pick_device(config.device)
-    parents = {"dataset": dataset, "images": images}
+    parents: dict[str, Artifact] = {"dataset": dataset, "images": images}
     if labels is None:
         if config.labels == "soft":
             raise UserError(
@@ -110,11 +114,10 @@ def prepare(
         offsets = batch_offsets(len(pixels), config.batch_size)
         epochs = config.epochs or USUAL_EPOCHS
         return Lessons(source, targets, ViewSettings.of(config), offsets, images.size, epochs, None, None), parents
-    if labels.kind != "labels":
-        raise UserError(f"{labels.path} holds a {labels.kind} artifact; wanted a labels artifact")
-    if labels.manifest["parents"]["images"]["id"] != images.id:
+    labels = Labels.of(labels)
+    if labels.parent_id("images") != images.id:
         raise UserError(f"{labels.path} labels other images than {images.path}: make the labels of these images")
-    ipc, stored = int(labels.facts["ipc"]), int(labels.facts["epochs"])
+    ipc, stored = labels.facts.ipc, labels.facts.epochs
     if config.ipc not in (None, ipc):
         raise UserError(f"{labels.path} labels {ipc} images per class, but {config.ipc} were asked for")
     if config.epochs is not None and config.epochs > stored:
@@ -124,10 +127,10 @@ def prepare(
     check_views(views, stored, len(pixels), images.size, labels.path)
     logits = None
     if config.labels == "soft":
-        logits, wanted = open_array(labels.file("logits.npy")), (stored, len(pixels), len(images.classes))
+        logits, wanted = open_array(labels.file(labels.LOGITS)), (stored, len(pixels), len(images.classes))
         if logits.dtype != np.float16 or logits.shape != wanted:
             raise UserError(
-                f"{labels.path / 'logits.npy'} must be float16 {list(wanted)}, got {logits.dtype} {list(logits.shape)}"
+                f"{labels.path / labels.LOGITS} must be float16 {list(wanted)}, got {logits.dtype} {list(logits.shape)}"
             )
     lessons = Lessons(
         Source(pixels, images.mean, images.std, device),
@@ -172,7 +175,7 @@ class Training:
         report is told of finished epochs: {"epochs": how many since the last report, "epoch", "loss", "test"}, and now and
         then "lost", the share of the time in which other programs held the core.
         """
-        save = self.path / "state" / f"student-{self.seed}.pt"
+        save = save_file(self.path, self.seed)
         if save.is_file():
             self._load(read_torch(save))
             report({"epochs": self.epoch, "epoch": self.epoch})
@@ -192,7 +195,7 @@ class Training:
             if time.monotonic() - saved > SAVE_SECONDS and self.epoch < self.lessons.epochs:
                 write_torch(save, self._state())
                 saved = time.monotonic()
-        write_safetensors(self.path / "students" / f"{self.seed}.safetensors", self.student.state_dict())
+        write_safetensors(self.path / Metrics.student_name(self.seed), self.student.state_dict())
         best = max(self.tests, key=lambda test: test["top1"])
         last = self.tests[-1]
         return {
@@ -325,11 +328,16 @@ def part_sizes(offsets: np.ndarray, accumulation: int) -> set[int]:
 
 def result_file(path: Path, seed: int) -> Path:
     """Where a finished student of the artifact at `path` leaves {"result": its entry of metrics.json, "seconds"}."""
-    return path / "state" / f"student-{seed}.json"
+    return path / STATE / f"student-{seed}.json"
+
+
+def save_file(path: Path, seed: int) -> Path:
+    """Where an unfinished student of the artifact at `path` saves what resuming needs."""
+    return path / STATE / f"student-{seed}.pt"
 
 
 def arguments(
-    config: EvaluateConfig, path: Path, dataset: Artifact, images: Artifact, labels: Artifact | None, seed: int
+    config: EvaluateConfig, path: Path, dataset: Dataset, images: Images, labels: Labels | None, seed: int
 ) -> dict[str, Any]:
     """What `train` needs, as JSON takes it."""
     return {
@@ -352,9 +360,9 @@ def train(given: Mapping[str, Any], report: Report) -> dict[str, Any]:
     with repeatable():
         training = Training(config, path, lessons, test, seed)
         found = {"result": training.run(report), "seconds": round(training.seconds, 3)}
-    sync_folder(path / "students")
+    sync_folder(path / Metrics.STUDENTS)
     write_json(result_file(path, seed), found)
-    (path / "state" / f"student-{seed}.pt").unlink(missing_ok=True)
+    save_file(path, seed).unlink(missing_ok=True)
     return found
 
 
@@ -367,7 +375,7 @@ def _config(values: Mapping[str, Any]) -> EvaluateConfig:
 def _material(given: str) -> tuple[Lessons, ImageSet]:
     """Lessons and test images, which the seeds of one row share."""
     wanted = json.loads(given)
-    dataset, images = load(wanted["dataset"], "dataset"), load(wanted["images"], "images")
-    labels = load(wanted["labels"], "labels") if wanted["labels"] else None
+    dataset, images = Dataset.load(wanted["dataset"]), Images.load(wanted["images"])
+    labels = Labels.load(wanted["labels"]) if wanted["labels"] else None
     lessons, _ = prepare(_config(wanted["config"]), dataset, images, labels)
     return lessons, load_split(dataset, "test")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fd2fast.artifacts import Artifact, Stage, open_stage, write_npy
+from fd2fast.artifacts import Artifact, open_stage, write_npy
 from fd2fast.config import DataConfig, DistillConfig, PatchesConfig, PretrainConfig, replace
 from fd2fast.data.pixels import save_image
 from fd2fast.data.store import load_split
@@ -72,7 +72,8 @@ def make_teacher(path: Path, dataset: Artifact, name: str = f"{SMALL},output_str
     stage = open_stage(path, "teacher", PretrainConfig(model=name), {"dataset": dataset})
     teacher = tiny_teacher(name, len(dataset.classes), size=dataset.size, dtype=torch.float32, **settings)
     teacher.save(stage.path / "teacher.safetensors")
-    return _finish_like(stage, dataset, {"model": teacher.name, "backbone_accuracy": teacher.accuracy})
+    facts = {"model": teacher.name, "attention_maps": teacher.attention_maps, "backbone_accuracy": teacher.accuracy}
+    return stage.finish_like(dataset, facts)
 
 
 def make_patches(path: Path, dataset: Artifact, per_class: int = 3) -> Artifact:
@@ -82,8 +83,4 @@ def make_patches(path: Path, dataset: Artifact, per_class: int = 3) -> Artifact:
     for label in range(len(dataset.classes)):
         for index, pixels in enumerate(train.pixels(train.of_class(label)[:per_class])):
             save_image(stage.path / f"images/{label:05d}/class{label:05d}_id{index:05d}.png", pixels)
-    return _finish_like(stage, dataset, {"factor": 1, "per_class": per_class})
-
-
-def _finish_like(stage: Stage, dataset: Artifact, facts: dict[str, object]) -> Artifact:
-    return stage.finish(classes=dataset.classes, size=dataset.size, mean=dataset.mean, std=dataset.std, facts=facts)
+    return stage.finish_like(dataset, {"factor": 1, "per_class": per_class})

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from fd2fast import isa
-from fd2fast.artifacts import Artifact, read_json
+from fd2fast.artifacts import Dataset, Labels, Patches, TeacherArtifact, read_json
 from fd2fast.config import (
     DataConfig,
     DistillConfig,
@@ -38,12 +38,10 @@ from fd2fast.config import (
 from fd2fast.data.distilled import load_images
 from fd2fast.data.pixels import read_image
 from fd2fast.data.prepare import prepare
-from fd2fast.data.views import PER_EPOCH, file_of
+from fd2fast.data.views import PER_EPOCH
+from fd2fast.entries import HARD, parse_entry
 from fd2fast.methods import BASELINES, METHODS, SEMANTICS, patch_factor, takes_committee
-from fd2fast.models.teacher import FILE
-from fd2fast.pipeline import HARD, parse_entry
 from fd2fast.stages import distill, evaluate, patches, pretrain, relabel
-from fd2fast.stages.relabel import LOGITS
 from fd2fast.step import TERMS
 
 RECORDED = Path(__file__).parent / "data" / "recorded.json"
@@ -128,9 +126,9 @@ def reason_against(precision: str) -> str | None:
 class Material:
     """What all methods share. The teachers have random weights, which no instruction set changes by training."""
 
-    dataset: Artifact
-    teachers: list[Artifact]
-    patches: dict[int, Artifact]  # by factor
+    dataset: Dataset
+    teachers: list[TeacherArtifact]
+    patches: dict[int, Patches]  # by factor
 
 
 @contextmanager
@@ -183,7 +181,7 @@ def run_row(name: str, material: Material, folder: Path, precision: str) -> Outc
         return {f"factor {factor}": _array(_pixels(cut)) for factor, cut in material.patches.items()}
     if name == "pretrain":
         settings = PretrainConfig(SMALL, attention_maps=2, epochs=1, batch_size=8, precision=precision, device="cpu")
-        return {"weights": _weights(pretrain.run(settings, folder / "teacher", material.dataset).file(FILE))}
+        return {"weights": _weights(pretrain.run(settings, folder / "teacher", material.dataset).weights)}
 
     text, _, semantics = name.partition(" ")
     entry = parse_entry(text)
@@ -203,8 +201,8 @@ def run_row(name: str, material: Material, folder: Path, precision: str) -> Outc
     labels = None
     if entry.labels == "soft":
         labels = relabel.run(RelabelConfig(epochs=EPOCHS, device="cpu"), folder / "labels", images, teachers)
-        outcome["logits"] = _array(np.load(labels.file(LOGITS)))
-        views = [np.load(labels.file(file_of(name))).ravel().astype(np.float64) for name in PER_EPOCH]
+        outcome["logits"] = _array(np.load(labels.file(Labels.LOGITS)))
+        views = [np.load(labels.file(Labels.view_name(name))).ravel().astype(np.float64) for name in PER_EPOCH]
         outcome["views"] = _array(np.concatenate(views), 16)
     # random teachers are unsure: at the usual temperature of 20 the losses would have three digits
     settings = EvaluateConfig(
@@ -225,7 +223,7 @@ def run_row(name: str, material: Material, folder: Path, precision: str) -> Outc
     return outcome
 
 
-def _pixels(cut: Artifact) -> NDArray[np.uint8]:
+def _pixels(cut: Patches) -> NDArray[np.uint8]:
     """All initial images uint8 [n, 3, S, S], in the order of their names."""
     names = sorted(name for name in cut.manifest["files"] if name.startswith("images/"))
     return np.stack([read_image(cut.file(name)).numpy() for name in names])

@@ -237,3 +237,70 @@ def test_a_manifest_that_was_changed_by_hand_is_refused(tmp_path, change, told):
     (tmp_path / "a" / "manifest.json").write_text(json.dumps(gone))
     with pytest.raises(UserError, match="is missing"):
         artifacts.load(tmp_path / "a", "thing")
+
+
+KINDS = [
+    artifacts.Dataset,
+    artifacts.TeacherArtifact,
+    artifacts.Patches,
+    artifacts.Images,
+    artifacts.Labels,
+    artifacts.Metrics,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.KIND)
+def test_a_result_is_read_as_one_of_its_kind(tmp_path, kind):
+    stage = artifacts.open_stage(tmp_path / "a", kind, Config(), {})
+    made = stage.finish(
+        classes=["x"], size=8, mean=(0, 0, 0), std=(1, 1, 1), facts={"train": 3, "ipc": 2, "model": "m"}
+    )
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["kind"] == kind.KIND
+    for read in (made, artifacts.load(tmp_path / "a"), kind.load(tmp_path / "a"), artifacts.load(tmp_path / "a", kind)):
+        assert type(read) is kind
+        assert read.facts == {"train": 3, "ipc": 2, "model": "m"}
+    other = next(one for one in KINDS if one is not kind)
+    with pytest.raises(UserError, match=f"holds a {kind.KIND} artifact; wanted a {other.KIND}"):
+        other.load(tmp_path / "a")
+    with pytest.raises(UserError, match=f"holds a {kind.KIND} artifact; wanted {other.NOUN}"):
+        other.of(made)
+    plain = artifacts.Artifact(made.path, made.manifest)
+    assert type(kind.of(plain)) is kind
+
+
+def test_facts_are_recorded_as_they_were_by_earlier_versions():
+    facts = {"name": "n", "train": 3, "test": 2, "per_class": {}, "skipped": [], "converted": {}, "statistics": {}}
+    assert artifacts.DatasetFacts(**facts) == facts  # no fonts
+    assert dict(artifacts.DatasetFacts(**facts, fonts={"a": "b"})) == facts | {"fonts": {"a": "b"}}
+    given = {"model": "m", "attention_maps": 2, "alpha": 0.5, "channels": 8, "notices": []}
+    imported = artifacts.TeacherFacts(**given, backbone_accuracy=1.5)
+    assert imported == given | {"backbone_accuracy": 1.5, "cal_accuracy": None}
+    trained = {"epoch": 1, "head_trained": True, "weights": None, "weights_sha256": None}
+    assert artifacts.TrainedTeacherFacts(**given, **trained) == given | trained | {
+        "backbone_accuracy": None,
+        "cal_accuracy": None,
+    }
+
+
+def test_a_fact_that_a_manifest_lacks_is_named(tmp_path):
+    stage = artifacts.open_stage(tmp_path / "a", artifacts.Images, Config(), {})
+    made = stage.finish(classes=["x"], size=8, mean=(0, 0, 0), std=(1, 1, 1), facts={"ipc": 2})
+    assert (made.facts.ipc, made.facts.semantics) == (2, "paper")
+    with pytest.raises(UserError, match=r"the manifest of images .*/a does not say its method: make it again"):
+        made.facts.method  # noqa: B018
+    with pytest.raises(AttributeError):
+        made.facts.methods  # noqa: B018
+
+
+def test_a_result_made_from_another_data_set_is_refused(tmp_path):
+    look = {"classes": ["x"], "size": 8, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    one = artifacts.open_stage(tmp_path / "1", artifacts.Dataset, Config(), {}).finish(**look)
+    other = artifacts.open_stage(tmp_path / "2", artifacts.Dataset, Config("y"), {}).finish(**look)
+    made = artifacts.open_stage(tmp_path / "t", artifacts.TeacherArtifact, Config(), {"dataset": one}).finish_like(one)
+    made.must_be_of(one)
+    with pytest.raises(
+        UserError, match=f"made from another data set \\({one.id[:12]}\\) than .*2 \\({other.id[:12]}\\)"
+    ):
+        made.must_be_of(other)
+    free = artifacts.open_stage(tmp_path / "f", artifacts.TeacherArtifact, Config(), {}).finish_like(one)
+    free.must_be_of(other)  # it does not say what it was made from

@@ -203,7 +203,7 @@ def test_a_place_is_that_of_the_callers_in_fd2fast(tmp_path: Path) -> None:
     (tmp_path.parent / "counted").unlink()
     size = len(lines) // 3
     assert lines[:size] == lines[size : 2 * size] == lines[2 * size :]  # the caller's own lines are not fd2fast's
-    assert all(" artifacts.py:" in line for line in lines)
+    assert all(" artifacts/files.py:" in line for line in lines)
     assert len(set(lines)) == size
 
 

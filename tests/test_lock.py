@@ -665,10 +665,33 @@ def test_processes_of_one_job_join_and_others_do_not(tmp_path, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "r1")
 
 
+def test_a_process_of_a_job_owns_what_it_makes_by_itself(tmp_path, monkeypatch):
+    job = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29400", "TORCHELASTIC_RUN_ID": "r1"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    leave(tmp_path, elsewhere(job=lock._job()))  # the run's folder is the first process's
+    with lock.by_itself():
+        stage = artifacts.open_stage(tmp_path / "a", "thing", Config(), {})
+        assert (tmp_path / "a" / lock.LOCK).exists()
+    made = finish(stage)
+    with lock.by_itself():
+        anew = artifacts.open_stage(tmp_path / "a", "thing", Config("y"), {}, overwrite=True)
+        assert not (tmp_path / "a" / "manifest.json").exists()
+        assert finish(anew, "y").id != made.id
+        leave(tmp_path / "b", elsewhere(job=lock._job()))
+        with pytest.raises(lock.InUse):  # another process of the job has it
+            artifacts.open_stage(tmp_path / "b", "thing", Config(), {})
+        leave(tmp_path, elsewhere(job="another"))
+        with pytest.raises(lock.InUse):
+            artifacts.open_stage(tmp_path / "a", "thing", Config("z"), {}, overwrite=True)
+    artifacts.open_stage(tmp_path / "c", "thing", Config(), {})
+    assert not (tmp_path / "c" / lock.LOCK).exists()
+
+
 def test_a_pool_of_one_is_a_process_of_its_own(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "3")
-    assert not lock._joins()
+    assert not lock.joins()
 
 
 # folders of every kind

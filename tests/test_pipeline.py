@@ -1,14 +1,25 @@
 """A whole tiny run: every stage, several methods, resumed without work, its report readable."""
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fd2fast import artifacts, cli, pipeline
+from fd2fast import artifacts, cli, lock, stages
+from fd2fast.artifacts import Dataset, Images, Labels, Metrics, TeacherArtifact
+from fd2fast.config import PretrainConfig, RunConfig
+from fd2fast.data.pixels import read_image
 from fd2fast.errors import UserError
+from fd2fast.graph import plan_jobs
 from fd2fast.pipeline import parse_entry
+from fd2fast.stages import pretrain, register
 
 TINY = """
 methods = ["random", "random:soft", "herding", "kcenter", "rded", "sre2l++", "sre2l++_fd2", "fadrm+_fd2"]
@@ -79,10 +90,10 @@ def test_a_run_notices_changed_images_before_it_goes_on(tmp_path, monkeypatch, c
                 image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
                 image.save(tmp_path / "data" / split / name / f"{n}.png")
 
-    def teacher(*args, **options):
+    def teacher(config: PretrainConfig, out: Path, dataset: Dataset, *, overwrite: bool = False) -> TeacherArtifact:
         raise UserError("the teachers begin")
 
-    monkeypatch.setattr(pipeline.pretrain, "run", teacher)
+    monkeypatch.setattr(pretrain, "SPEC", dataclasses.replace(pretrain.SPEC, run=teacher))
     monkeypatch.chdir(tmp_path)
 
     def run(root, *options):
@@ -179,3 +190,109 @@ def test_entries():
     assert parse_entry("random:hard").name == "random"
     with pytest.raises(UserError, match="unknown method"):
         parse_entry("rand")
+
+
+@pytest.fixture
+def mirrored():
+    """The stages with one more between distill and relabel."""
+    before = dict(stages.STAGES)
+    register("mirror", "mirror_stage", "Turn the images left to right.", after="distill")
+    yield
+    stages.ADDED.remove("mirror")
+    stages.STAGES.clear()
+    stages.STAGES.update(before)
+
+
+def test_a_stage_is_added_by_one_line(mirrored, tmp_path, capsys):
+    text = TINY.replace("ipc = [1, 2]", "ipc = [1]").replace("seeds = [0, 1]", "seeds = [0]\n[mirror]\nturns = 1")
+    first = text.index("methods")
+    text = text[:first] + 'methods = ["random:soft"]\n' + text[text.index("teachers") :]
+    (tmp_path / "tiny.toml").write_text(text)
+    out = tmp_path / "out"
+    command = ["run", "--config", str(tmp_path / "tiny.toml"), "--out", str(out)]
+    assert cli.main([*command, "--dry-run", "--mirror.turns", "-1"]) == 2
+    assert "mirror.turns must be 0 or more, got -1" in capsys.readouterr().err
+    assert cli.main([*command, "--dry-run"]) == 0
+    titles = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [title.split()[0] for title in titles] == [
+        "data",
+        "teacher",
+        "teacher",
+        "distill",
+        "mirror",
+        "labels",
+        "students",
+    ]
+
+    assert cli.main(command) == 0
+    plain, turned = Images.load(out / "images" / "random"), Images.load(out / "mirrored" / "random")
+    assert turned.config == {"turns": 1}
+    for name in plain.image_names().values():
+        assert torch.equal(read_image(turned.file(name)), read_image(plain.file(name)).flip(2))
+    assert turned.parent_id("images") == plain.id
+    (labels,) = (Labels.load(path.parent) for path in (out / "labels").rglob("manifest.json"))
+    (metrics,) = (Metrics.load(path.parent) for path in (out / "metrics").rglob("manifest.json"))
+    assert labels.parent_id("images") == metrics.parent_id("images") == turned.id
+    assert json.loads((out / "report" / "table.json").read_text())["rows"][0]["images"] == turned.id
+    assert cli.main([*command, "--mirror.turns", "2"]) == 2
+    assert "config.turns was 1, now 2" in capsys.readouterr().err
+
+    alone = ["mirror", "--images", str(plain.path), "--turns", "1", "--out", str(tmp_path / "alone")]
+    assert cli.main(alone) == 0
+    assert Images.load(tmp_path / "alone").id == turned.id
+    assert cli.main([]) == 0
+    assert "  mirror    Turn the images left to right." in capsys.readouterr().out
+
+
+def test_a_stage_that_nobody_makes_the_inputs_of_is_told(mirrored):
+    with pytest.raises(ValueError, match="stage 'mirror' after 'distill': the stages are datasets, .*mirror"):
+        register("mirror", "mirror_stage", "", after="distill")
+    unfed = {"mirror": stages.spec("mirror")}
+    with pytest.raises(
+        ValueError, match=r"mirror \(mirror random\): no stage before it makes an images artifact of 'random'"
+    ):
+        plan_jobs(unfed, RunConfig(), [parse_entry("random")])
+
+
+def test_two_processes_share_the_artifacts_and_make_the_same_as_one(tmp_path):
+    first, last = TINY.index("methods"), TINY.index("teachers")
+    text = TINY[:first] + 'methods = ["random:soft", "rded"]\n' + TINY[last:].replace("ipc = [1, 2]", "ipc = [1]")
+    (tmp_path / "tiny.toml").write_text(text)
+    together = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "fd2fast"]
+
+    def run(command, out, *options):
+        arguments = [
+            sys.executable,
+            *command,
+            "run",
+            "--config",
+            str(tmp_path / "tiny.toml"),
+            "--out",
+            str(tmp_path / out),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run([*arguments, *options], env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    def made(out):
+        found = {
+            p.parent.relative_to(tmp_path / out).as_posix(): p.parent for p in (tmp_path / out).rglob("manifest.json")
+        }
+        return {name: artifacts.load(folder) for name, folder in found.items()}
+
+    said = run(together, "two", "--relabel.seed", "7")
+    assert said.count("(process 1 of the job)") >= 2  # a teacher and a set of labels
+    assert said.count("== data set") == said.count("== report") == 1
+    before = made("two")
+    run(together, "two", "--overwrite")
+    run(["-m", "fd2fast"], "one")
+    two, one = made("two"), made("one")
+    assert {name: artifact.id for name, artifact in two.items()} == {
+        name: artifact.id for name, artifact in one.items()
+    }
+    changed = {name for name, artifact in two.items() if artifact.id != before[name].id}
+    assert {name.split("/")[0] for name in changed} == {"labels", "metrics"}
+    for artifact in two.values():
+        artifact.verify()
+    assert not list(tmp_path.rglob(f"{lock.OURS}*"))

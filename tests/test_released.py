@@ -21,11 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from fd2fast import engine
-from fd2fast.artifacts import Artifact, open_stage, read_json
+from fd2fast.artifacts import Artifact, Images, open_stage, read_json
 from fd2fast.config import DataConfig, DistillConfig, PatchesConfig
 from fd2fast.data.pixels import save_image
 from fd2fast.data.prepare import prepare
-from fd2fast.inputs import image_name
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.planner import make_plan
 from fd2fast.stages import distill
@@ -172,7 +171,7 @@ def test_files_are_the_released(released: Released) -> None:
     case = released.case
     for block, image_id in released.keys:
         for row, image in enumerate(released.recorded[f"final/{block}/{image_id}"]):
-            name = image_name(block * case["segment_size"] + row, image_id, "jpg")
+            name = Images.image_name(block * case["segment_size"] + row, image_id, "jpg")
             assert released.result.file(name).read_bytes() == released_jpeg(image, case["mean"], case["std"]), name
 
 

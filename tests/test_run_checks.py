@@ -13,7 +13,7 @@ from PIL import Image
 from fd2fast import artifacts, cli, pipeline, space
 from fd2fast.config import DataConfig, PatchesConfig, PretrainConfig, RunConfig
 from fd2fast.models.backbone import build_backbone
-from fd2fast.pipeline import check, data_faults, describe_plan, parse_entry
+from fd2fast.pipeline import Planned, check, data_faults, describe_plan, jobs, parse_entry
 
 OTHER = "timm:test_resnet"
 SMALL = RunConfig(
@@ -39,6 +39,13 @@ def changed(**changes):
         else:
             config = dataclasses.replace(config, **{name: value})
     return config
+
+
+def job_of(config: RunConfig, stage: str, *key: object) -> Planned:
+    """The job of a stage for this key, a name or several."""
+    entries = [parse_entry(name) for name in config.methods]
+    wanted = key[0] if len(key) == 1 else key
+    return next(one for one in jobs(config, entries) if one.name == stage and one.job.key == wanted)
 
 
 def picture_folder(root: Path, train: dict[str, int], test: int = 1) -> DataConfig:
@@ -186,9 +193,9 @@ def test_the_folder_of_one_stage_is_none_of_a_run(tmp_path):
 def test_results_of_other_settings_are_known_before_work(tmp_path):
     out = tmp_path / "out"
     config = changed(out=out)
-    labels = pipeline._labels_folder(config, "sre2l++_fd2", 2)
+    labels = job_of(config, "relabel", "sre2l++_fd2", 2).path
     artifacts.open_stage(labels, "labels", dataclasses.replace(config.relabel, ipc=2, seed=7), {})
-    metrics = pipeline._metrics_folder(config, parse_entry("random"), 1, TINY)
+    metrics = job_of(config, "evaluate", "random", 1, TINY).path
     artifacts.open_stage(metrics, "images", config.distill, {})
     found = check(config).faults
     assert len(found) == 2
@@ -217,9 +224,8 @@ def test_what_is_finished_is_not_asked_again(tmp_path):
     outline = pipeline.outline_on_disk(config.data)
     entries = [parse_entry("random")]
     assert len(data_faults(config, entries, outline)) == 1
-    stage = artifacts.open_stage(
-        tmp_path / "out" / "images" / "random", "images", pipeline._distill(config, "random"), {}
-    )
+    images = job_of(config, "distill", "random")
+    stage = artifacts.open_stage(images.path, "images", images.job.config, {})
     stage.finish(classes=["a"], size=8, mean=(0, 0, 0), std=(1, 1, 1))
     assert data_faults(config, entries, outline) == []
     assert len(data_faults(config, entries, outline, overwrite=True)) == 1
@@ -292,9 +298,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsy
 
 def test_a_plan_says_what_is_finished(tmp_path):
     config = changed(out=tmp_path / "out")
-    images = pipeline._images_folder(config, "random")
-    stage = artifacts.open_stage(images, "images", pipeline._distill(config, "random"), {})
-    artifacts.open_stage(tmp_path / "out" / "patches" / "2", "patches", pipeline._patches(config, 2), {})
+    images, cut = job_of(config, "distill", "random"), job_of(config, "patches", 2)
+    stage = artifacts.open_stage(images.path, "images", images.job.config, {})
+    artifacts.open_stage(cut.path, "patches", cut.job.config, {})
     stage.finish(classes=["a"], size=8, mean=(0, 0, 0), std=(1, 1, 1))
     plan = check(config)
     states = {one.path.relative_to(tmp_path / "out").as_posix(): one.state for one in plan.work}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fd2fast.artifacts import Artifact
+from fd2fast.artifacts import Dataset
 from fd2fast.config import DataConfig
 from fd2fast.data.layouts import read_layout
 from fd2fast.data.store import load_split
@@ -40,11 +40,12 @@ class Outline:
         return [f"{what} needs {per_class} training images of each class; too few in: {', '.join(few[:_SHOWN])}{more}"]
 
 
-def outline_of(dataset: Artifact) -> Outline:
+def outline_of(dataset: Dataset) -> Outline:
     """Of a prepared data set; UserError as `load_split` raises it."""
+    dataset = Dataset.of(dataset)
     sets = [load_split(dataset, "train"), load_split(dataset, "test")]
     train, test = (tuple(int(count) for count in one.counts()) for one in sets)
-    return Outline(str(dataset.facts.get("name", "")), dataset.size, tuple(dataset.classes), train, test)
+    return Outline(dataset.facts.name, dataset.size, tuple(dataset.classes), train, test)
 
 
 def outline_on_disk(config: DataConfig) -> Outline:

@@ -14,7 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from fd2fast.artifacts import Artifact, Stage, atomic_path, new_array, open_stage, write_json, write_npy, writing
+from fd2fast.artifacts import (
+    Dataset,
+    DatasetFacts,
+    Stage,
+    atomic_path,
+    new_array,
+    open_stage,
+    write_json,
+    write_npy,
+    writing,
+)
 from fd2fast.config import DATASETS, DataConfig
 from fd2fast.data import typefaces
 from fd2fast.data.content import look_at
@@ -40,7 +50,7 @@ log = logging.getLogger("fd2fast")
 
 
 @released_at_end()
-def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> Artifact:
+def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> Dataset:
     """Make the "dataset" artifact of `config` in the folder `out`.
 
     Files: {train,test}_images.npy uint8 [N, 3, S, S], {train,test}_labels.npy int64 [N], preview.png; for typefaces also
@@ -57,13 +67,13 @@ def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> 
     """
     refuse(faults(config))
     content = look_at(config, Path(out))
-    stage = open_stage(out, "dataset", config, {}, sources={content.name: content.source}, overwrite=overwrite)
+    stage = open_stage(out, Dataset, config, {}, sources={content.name: content.source}, overwrite=overwrite)
     if stage.finished:
         made_from = stage.finished.manifest.get("inputs", {}).get(content.name, content.source.digest)
         if content.source.digest == made_from:
             content.keep(stage.path)
         return stage.finished
-    extra: dict[str, Any] = {}
+    fonts: dict[str, Any] | None = None
     if content.listing is not None:
         listing, key = content.listing, content.key
         if listing.faults and config.bad_images == "error":
@@ -71,8 +81,8 @@ def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> 
                 raise UserError(_all_bad(listing.faults, "file or folder", "files or folders"))
     else:
         faces = content.faces or typefaces.choose(config.classes, config.fonts, skip=config.bad_images == "skip")
-        extra["fonts"] = typefaces.render_set(config, faces, stage.path / "images")
-        listing, key = read_layout("folder", stage.path / "images"), _key
+        fonts = typefaces.render_set(config, faces, stage.path / Dataset.RENDERED)
+        listing, key = read_layout("folder", stage.path / Dataset.RENDERED), _key
     for note in listing.notes():
         log.warning("%s", note)
     content.keep(stage.state)
@@ -83,7 +93,7 @@ def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> 
         if bad and config.bad_images == "error":
             raise UserError(_all_bad(bad))
     content.keep(stage.path)
-    return _finish(stage, config, listing, rows, {path for path, _ in bad}, extra)
+    return _finish(stage, config, listing, rows, {path for path, _ in bad}, fonts)
 
 
 def faults(config: DataConfig) -> list[str]:
@@ -130,11 +140,7 @@ def _forgotten_on_user_error(stage: Stage) -> Iterator[None]:
     try:
         yield
     except UserError:
-        (stage.state / "begun.json").unlink(missing_ok=True)
-        stage.release()
-        for folder in (stage.state, stage.path):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        stage.forget()
         raise
 
 
@@ -185,7 +191,7 @@ class _Rows:
         self.status[split] = np.load(status, mmap_mode="r+")
 
     def _earlier(self, split: str) -> tuple[list[list[Any]], np.ndarray, np.ndarray] | None:
-        pixels, final = self._state / f"{split}.npy", self._state.parent / f"{split}_images.npy"
+        pixels, final = self._state / f"{split}.npy", self._state.parent / Dataset.images_name(split)
         try:
             known = json.loads((self._state / f"{split}.json").read_text())
             if not pixels.exists() and final.exists():  # killed between moving the rows out and the manifest
@@ -279,8 +285,13 @@ def _key(path: Path) -> list[Any]:
 
 
 def _finish(
-    stage: Stage, config: DataConfig, listing: Listing, rows: _Rows, skipped: set[Path], extra: dict[str, Any]
-) -> Artifact:
+    stage: Stage[Dataset],
+    config: DataConfig,
+    listing: Listing,
+    rows: _Rows,
+    skipped: set[Path],
+    fonts: dict[str, Any] | None,
+) -> Dataset:
     kept = {split: np.array([path not in skipped for path in rows.files[split]], dtype=bool) for split in _SPLITS}
     labels = {split: np.array(getattr(listing, split).labels, dtype=np.int64)[kept[split]] for split in _SPLITS}
     with _forgotten_on_user_error(stage):
@@ -291,20 +302,21 @@ def _finish(
     shown = rows.images["train"][np.flatnonzero(kept["train"])[samples.reshape(-1)]]
     names = [listing.classes[k] for k in labels["train"][samples[:, 0]]]
     scale = max(1, 64 // config.size)
-    picture(stage.path / "preview.png", lambda: grid(shown, samples.shape[1], titles=names, scale=scale))
+    picture(stage.path / Dataset.PREVIEW, lambda: grid(shown, samples.shape[1], titles=names, scale=scale))
     converted, oriented = rows.converted(), rows.oriented()
     for split in _SPLITS:
-        write_npy(stage.path / f"{split}_labels.npy", labels[split])
-        rows.move(split, kept[split], stage.path / f"{split}_images.npy")
-    facts = {
-        "name": config.dataset,
-        **{split: len(labels[split]) for split in _SPLITS},
-        "per_class": {s: np.bincount(labels[s], minlength=len(listing.classes)).tolist() for s in _SPLITS},
-        "skipped": sorted(os.path.relpath(path, listing.root) for path in skipped),
-        "converted": converted,
-        "statistics": source,
-        **extra,
-    }
+        write_npy(stage.path / Dataset.labels_name(split), labels[split])
+        rows.move(split, kept[split], stage.path / Dataset.images_name(split))
+    facts = DatasetFacts(
+        name=config.dataset,
+        train=len(labels["train"]),
+        test=len(labels["test"]),
+        per_class={s: np.bincount(labels[s], minlength=len(listing.classes)).tolist() for s in _SPLITS},
+        skipped=sorted(os.path.relpath(path, listing.root) for path in skipped),
+        converted=converted,
+        statistics=source,
+        fonts=fonts,
+    )
     measured = {"left_out": listing.left_out.counts, "oriented": oriented}
     if oriented:
         log.warning("%s: %s", listing.root, _say_oriented(oriented, config.exif))
@@ -361,31 +373,31 @@ def _preview_rows(labels: np.ndarray, classes: int) -> np.ndarray:
     return np.stack([np.resize(g[:columns], columns) for g in groups])
 
 
-def describe(dataset: Artifact) -> str:
+def describe(dataset: Dataset) -> str:
     """A few lines on a prepared data set: counts, classes, size, normalisation, what was skipped and converted."""
     facts, classes = dataset.facts, dataset.classes
 
     def spread(split: str) -> str:
-        counts = facts["per_class"][split]
+        counts = facts.per_class[split]
         each = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        return f"{facts[split]} ({each} of each class)"
+        return f"{sum(counts)} ({each} of each class)"
 
     def numbers(values: tuple[float, ...], name: str) -> str:
-        return f"{', '.join(f'{v:.4f}' for v in values)} ({facts['statistics'][name]})"
+        return f"{', '.join(f'{v:.4f}' for v in values)} ({facts.statistics[name]})"
 
     short = [plain(name, 60) for name in (*classes[:6], classes[-1])]
     names = ", ".join(short[: len(classes)][:6]) + (f", ... {short[-1]}" if len(classes) > 6 else "")
     lines = [
-        f"{facts['name']} at {dataset.size} x {dataset.size} in {plain(dataset.path)}",
+        f"{facts.name} at {dataset.size} x {dataset.size} in {plain(dataset.path)}",
         f"  classes   {len(classes)}: {names}",
         f"  training  {spread('train')}",
         f"  test      {spread('test')}",
         f"  mean      {numbers(dataset.mean, 'mean')}",
         f"  std       {numbers(dataset.std, 'std')}",
     ]
-    if converted := [f"{count} {kind}" for kind, count in facts["converted"].items() if count]:
+    if converted := [f"{count} {kind}" for kind, count in facts.converted.items() if count]:
         lines.append(f"  converted {', '.join(converted)}")
-    if skipped := facts["skipped"]:
+    if skipped := facts.skipped:
         lines.append(
             f"  skipped   {len(skipped)}: {', '.join(map(plain, skipped[:SHOWN]))}{' ...' if len(skipped) > SHOWN else ''}"
         )

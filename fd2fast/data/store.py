@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fd2fast.artifacts import Artifact
+from fd2fast.artifacts import Dataset
 from fd2fast.data.pixels import normalise, to_unit
 from fd2fast.errors import UserError
 
@@ -75,30 +75,25 @@ class ImageSet:
             )
 
 
-def load_split(dataset: Artifact, split: Literal["train", "test"]) -> ImageSet:
+def load_split(dataset: Dataset, split: Literal["train", "test"]) -> ImageSet:
     """One split of a prepared data set; nothing is read into memory but the labels.
 
     Raises UserError for another kind of artifact, a missing file, or arrays that contradict the manifest.
     """
-    if dataset.kind != "dataset":
-        raise UserError(f"{dataset.path} holds a {dataset.kind} artifact; wanted a dataset")
+    dataset = Dataset.of(dataset)
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    images = _array(dataset.file(f"{split}_images.npy"))
-    labels = np.array(_array(dataset.file(f"{split}_labels.npy")))
-    wanted = (dataset.facts[split], 3, dataset.size, dataset.size)
+    images_file, labels_file = dataset.file(dataset.images_name(split)), dataset.file(dataset.labels_name(split))
+    images, labels = _array(images_file), np.array(_array(labels_file))
+    count = dataset.facts.train if split == "train" else dataset.facts.test
+    wanted = (count, 3, dataset.size, dataset.size)
     if images.dtype != np.uint8 or images.shape != wanted:
-        raise UserError(
-            f"{dataset.path / f'{split}_images.npy'} must be uint8 {list(wanted)}, got {images.dtype} {list(images.shape)}"
-        )
+        raise UserError(f"{images_file} must be uint8 {list(wanted)}, got {images.dtype} {list(images.shape)}")
     if labels.dtype != np.int64 or labels.shape != wanted[:1]:
-        raise UserError(
-            f"{dataset.path / f'{split}_labels.npy'} must be int64 [{wanted[0]}], got {labels.dtype} {list(labels.shape)}"
-        )
+        raise UserError(f"{labels_file} must be int64 [{wanted[0]}], got {labels.dtype} {list(labels.shape)}")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(dataset.classes):
         raise UserError(
-            f"{dataset.path / f'{split}_labels.npy'} holds labels outside [0, {len(dataset.classes)}): "
-            f"{labels.min()} to {labels.max()}"
+            f"{labels_file} holds labels outside [0, {len(dataset.classes)}): {labels.min()} to {labels.max()}"
         )
     return ImageSet(images, labels, list(dataset.classes), dataset.mean, dataset.std, dataset.size, split)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fd2fast import ops
+from fd2fast.artifacts import Labels
 from fd2fast.data.pixels import normalise
 from fd2fast.errors import UserError, refuse
 from fd2fast.ranges import Bound, out_of_range
@@ -256,11 +257,6 @@ def images_at_once(size: int) -> int:
     return max(1, min(512, 128 * 224 * 224 // size**2))
 
 
-def file_of(name: str) -> str:
-    """Name of the file below an artifact that holds this array of its views."""
-    return f"views/{name}.npy"
-
-
 def open_array(path: Path) -> np.ndarray:
     """A plain .npy array, memory-mapped and read-only; UserError for pickles, archives and damaged files."""
     try:
@@ -276,7 +272,7 @@ def open_views(folder: Path) -> Views:
     """Views from the .npy files below `folder`, memory-mapped and read-only; plain arrays only, pickles are refused."""
     arrays = {}
     for name in (*PER_EPOCH, "offsets"):
-        arrays[name] = open_array(folder / file_of(name))
+        arrays[name] = open_array(folder / Labels.view_name(name))
     return Views(**arrays)
 
 
@@ -285,7 +281,7 @@ def check_views(views: Views, epochs: int, images: int, size: int, folder: Path)
 
     def must(name: str, fits: bool, wanted: str) -> None:
         if not fits:
-            raise UserError(f"{folder / file_of(name)} must hold {wanted}: make the labels again")
+            raise UserError(f"{folder / Labels.view_name(name)} must hold {wanted}: make the labels again")
 
     offsets = np.asarray(views.offsets)
     good = offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) > 1

@@ -9,13 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fd2fast.artifacts import Artifact, write_safetensors
+from fd2fast.artifacts import TeacherArtifact, write_safetensors
 from fd2fast.device import channels_last
 from fd2fast.errors import UserError
 from fd2fast.models.attention_head import AttentionHead
 from fd2fast.models.backbone import Backbone, build_backbone
 
-FILE = "teacher.safetensors"
 # Side of the largest training images that a file may speak of, pixels: its network is tried on one.
 _MOST_SIDE = 4096
 _METADATA = "fd2fast"  # one key: safetensors writes several in an arbitrary order
@@ -126,14 +125,15 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def load_teacher(artifact: Artifact, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Teacher:
+def load_teacher(
+    artifact: TeacherArtifact, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Teacher:
     """The teacher of an artifact on `device` in `dtype`, in eval mode, channels_last, without gradients for its weights.
 
     Raises UserError if the artifact is no teacher or its class count and the file's differ.
     """
-    if artifact.kind != "teacher":
-        raise UserError(f"{artifact.path} holds a {artifact.kind} artifact; wanted a teacher")
-    teacher = Teacher.load(artifact.file(FILE))
+    artifact = TeacherArtifact.of(artifact)
+    teacher = Teacher.load(artifact.weights)
     if teacher.classes != len(artifact.classes):
         raise UserError(
             f"teacher {artifact.path} has {teacher.classes} outputs, its manifest {len(artifact.classes)} classes"

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fd2fast.artifacts import Artifact, Stage, load, open_stage, read_json, write_json
-from fd2fast.config import DistillConfig
+from fd2fast.artifacts import (
+    Artifact,
+    Dataset,
+    Images,
+    ImagesFacts,
+    Patches,
+    Stage,
+    TeacherArtifact,
+    open_stage,
+    read_json,
+    write_json,
+)
+from fd2fast.config import DistillConfig, RunConfig, replace
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import grid, quantize, save_image
 from fd2fast.device import device_faults, pick_device, repeatable, settle_precision
 from fd2fast.engine import Engine
+from fd2fast.entries import Entry, folder_name, methods_of, teachers_of
 from fd2fast.errors import UserError, refuse
-from fd2fast.inputs import Draws, Inputs, image_name
+from fd2fast.graph import Job, StageSpec
+from fd2fast.inputs import Draws, Inputs
 from fd2fast.lock import released_at_end
 from fd2fast.memory import StepMemory, beyond_memory, free_bytes, measure, too_small
-from fd2fast.methods import BASELINES, check_teachers, resolve
+from fd2fast.methods import BASELINES, check_teachers, patch_factor, resolve
 from fd2fast.methods import faults as check_settings
 from fd2fast.models.convolution import Choices
 from fd2fast.models.fused import FusedTeacher, fuse
@@ -50,14 +63,14 @@ _GRID_CLASSES, _GRID_IDS = 20, 10
 def run(
     config: DistillConfig,
     out: Path | str,
-    dataset: Artifact,
-    teachers: Sequence[Artifact],
-    patches: Artifact | None = None,
+    dataset: Dataset,
+    teachers: Sequence[TeacherArtifact],
+    patches: Patches | None = None,
     *,
     overwrite: bool = False,
     draws: Draws | None = None,
     prior_draws: Draws | None = None,
-) -> Artifact:
+) -> Images:
     """Distil `config.ipc` images of every class; kind "images".
 
     teachers: in round-robin order. patches: initial images, where the method starts from them. draws[segment]: int [T, 7]
@@ -69,19 +82,20 @@ def run(
     from the last finished step and the last save of the unfinished one, and ends in the same bytes.
     Raises UserError for settings, teachers or patches that do not fit, for too little memory and for losses that diverge.
     """
-    if dataset.kind != "dataset":
-        raise UserError(f"{dataset.path} holds a {dataset.kind} artifact; wanted a dataset")
     data = outline_of(dataset)
     refuse(faults(config, data, len(teachers)))
     config = settled(config, data)
     baseline = config.method in BASELINES
-    needed = {"dataset": dataset, **_fitting_parents(config, dataset, teachers, patches)}
+    teachers, patches = _fitting(config, dataset, teachers, patches)
+    needed: dict[str, Artifact] = {"dataset": dataset, **{f"teacher{i}": t for i, t in enumerate(teachers)}}
+    if patches is not None:
+        needed["patches"] = patches
     device = pick_device(config.device)
     workers = current()
-    stage = workers.first(lambda: open_stage(out, "images", config, needed, overwrite=overwrite and workers.rank == 0))
+    stage = workers.first(lambda: open_stage(out, Images, config, needed, overwrite=overwrite and workers.rank == 0))
     given = {"draws": _draws_digest(draws), "prior_draws": _draws_digest(prior_draws)}
     if stage.finished is not None:
-        _same_draws(given, stage.finished.facts["given_draws"], stage.path)
+        _same_draws(given, stage.finished.facts.given_draws, stage.path)
         return stage.finished
     workers.first(lambda: _begin(stage, given))
 
@@ -89,36 +103,27 @@ def run(
     if baseline:
         iterations = 0
         if workers.rank == 0:
-            _select(config, stage, dataset, needed, device)
+            _select(config, stage, dataset, teachers[0] if teachers else None, patches, device)
         workers.wait()
     else:
-        iterations = _optimise(
-            config, stage, dataset, teachers, needed.get("patches"), device, draws, prior_draws, workers
-        )
+        iterations = _optimise(config, stage, dataset, teachers, patches, device, draws, prior_draws, workers)
 
-    def finish() -> Artifact:
+    def finish() -> Images:
         if workers.rank:
-            return load(stage.path, "images")
-        return stage.finish(
-            classes=dataset.classes,
-            size=dataset.size,
-            mean=dataset.mean,
-            std=dataset.std,
-            facts={
-                "method": config.method,
-                "semantics": config.semantics,
-                "ipc": config.ipc,
-                "teachers": [
-                    str(t.facts.get("model", t.path.name)) for k, t in needed.items() if k.startswith("teacher")
-                ],
-                "given_draws": given,
-            },
-            measured={
-                "iterations_this_run": iterations,
-                "seconds_this_run": round(time.monotonic() - began, 3),
-                "processes": workers.world,
-            },
+            return Images.load(stage.path)
+        facts = ImagesFacts(
+            method=config.method,
+            semantics=config.semantics,
+            ipc=config.ipc,
+            teachers=[teacher.facts.model for teacher in teachers],
+            given_draws=given,
         )
+        measured = {
+            "iterations_this_run": iterations,
+            "seconds_this_run": round(time.monotonic() - began, 3),
+            "processes": workers.world,
+        }
+        return stage.finish_like(dataset, facts, measured)
 
     return workers.first(finish)
 
@@ -184,7 +189,7 @@ def _of(config: DistillConfig, text: str) -> str:
     return text if text.startswith("distill") else f"distill {config.method}: {text}"
 
 
-def _begin(stage: Stage, given: dict[str, Any]) -> None:
+def _begin(stage: Stage[Images], given: dict[str, Any]) -> None:
     """Record the draws that the artifact is begun with, or refuse others than those."""
     begun = stage.state / "draws.json"
     if begun.is_file():
@@ -194,10 +199,10 @@ def _begin(stage: Stage, given: dict[str, Any]) -> None:
 
 def _optimise(
     config: DistillConfig,
-    stage: Stage,
-    dataset: Artifact,
-    teachers: Sequence[Artifact],
-    patches: Artifact | None,
+    stage: Stage[Images],
+    dataset: Dataset,
+    teachers: Sequence[TeacherArtifact],
+    patches: Patches | None,
     device: torch.device,
     draws: Draws | None,
     prior_draws: Draws | None,
@@ -242,46 +247,30 @@ def _optimise(
     return iterations
 
 
-def _fitting_parents(
-    config: DistillConfig, dataset: Artifact, teachers: Sequence[Artifact], patches: Artifact | None
-) -> dict[str, Artifact]:
-    """The artifacts the result depends on, checked against the data set."""
-    parents: dict[str, Artifact] = {}
-    for index, teacher in enumerate(teachers):
-        if teacher.kind != "teacher":
-            raise UserError(f"{teacher.path} holds a {teacher.kind} artifact; wanted a teacher")
-        teacher.must_fit(dataset)
-        _same_data(teacher, dataset)
-        if config.teacher_weights == "prior" and not np.isfinite(teacher.facts.get("backbone_accuracy") or np.nan):
+def _fitting(
+    config: DistillConfig, dataset: Dataset, teachers: Sequence[TeacherArtifact], patches: Patches | None
+) -> tuple[list[TeacherArtifact], Patches | None]:
+    """The teachers, and the patches where the method takes any, checked against the data set."""
+    teachers = [TeacherArtifact.of(teacher) for teacher in teachers]
+    for teacher in teachers:
+        teacher.must_be_of(dataset)
+        if config.teacher_weights == "prior" and not np.isfinite(teacher.facts.backbone_accuracy or np.nan):
             raise UserError(f"teacher {teacher.path} has no accuracy, which teacher_weights 'prior' needs")
-        parents[f"teacher{index}"] = teacher
     wants_patches = config.method == "rded" or (config.method not in BASELINES and config.init == "patches")
     if not wants_patches:
-        return parents
+        return teachers, None
     if patches is None:
         other = "" if config.method == "rded" else ', or init "real" or "noise"'
         raise UserError(f"method {config.method!r} starts from patches and none were given: make them first{other}")
-    if patches.kind != "patches":
-        raise UserError(f"{patches.path} holds a {patches.kind} artifact; wanted patches")
-    patches.must_fit(dataset)
-    _same_data(patches, dataset)
-    held = int(patches.facts["per_class"])
-    if config.patch_choice != "random" and held < config.ipc:
+    patches = Patches.of(patches)
+    patches.must_be_of(dataset)
+    available = patches.facts.per_class
+    if config.patch_choice != "random" and available < config.ipc:
         raise UserError(
-            f"{patches.path} holds {held} initial images of each class, IPC {config.ipc} needs {config.ipc}: "
+            f"{patches.path} holds {available} initial images of each class, IPC {config.ipc} needs {config.ipc}: "
             f"make patches with per_class {config.ipc}"
         )
-    return {**parents, "patches": patches}
-
-
-def _same_data(artifact: Artifact, dataset: Artifact) -> None:
-    """Same class names are not enough: an artifact that knows its data set must name this one."""
-    parent = artifact.manifest["parents"].get("dataset")
-    if parent is not None and parent["id"] != dataset.id:
-        raise UserError(
-            f"{artifact.kind} artifact {artifact.path} was made from another data set ({parent['id'][:12]}) than "
-            f"{dataset.path} ({dataset.id[:12]})"
-        )
+    return teachers, patches
 
 
 def _draws_digest(draws: Draws | None) -> str | None:
@@ -301,12 +290,16 @@ def _same_draws(given: dict[str, Any], found: dict[str, Any], path: Path) -> Non
 
 
 def _select(
-    config: DistillConfig, stage: Stage, dataset: Artifact, parents: Mapping[str, Artifact], device: torch.device
+    config: DistillConfig,
+    stage: Stage[Images],
+    dataset: Dataset,
+    teacher: TeacherArtifact | None,
+    patches: Patches | None,
+    device: torch.device,
 ) -> None:
     """Real images or crops picked by a baseline, written like distilled ones."""
     from fd2fast import baselines
 
-    patches, teacher = parents.get("patches"), parents.get("teacher0")
     picked = baselines.select(config.method, config.ipc, dataset, teacher, patches, config.seed, device)
     chosen = torch.from_numpy(picked)
     wanted = (len(dataset.classes), config.ipc, 3, dataset.size, dataset.size)
@@ -317,10 +310,10 @@ def _select(
     extension = config.save_format or "png"
     for label in range(wanted[0]):
         for image_id in range(config.ipc):
-            save_image(stage.path / image_name(label, image_id, extension), chosen[label, image_id], extension)
+            save_image(stage.path / Images.image_name(label, image_id, extension), chosen[label, image_id], extension)
     shown = chosen[:_GRID_CLASSES, :_GRID_IDS]
     titles = [str(c) for c in dataset.classes[: len(shown)]]
-    picture(stage.path / "grid.png", lambda: grid(shown.flatten(0, 1), shown.shape[1], titles=titles))
+    picture(stage.path / Images.GRID, lambda: grid(shown.flatten(0, 1), shown.shape[1], titles=titles))
 
 
 def _plan(
@@ -407,12 +400,12 @@ def _write_overviews(engine: Engine, path: Path, convolutions: Mapping[str, str]
                 "iterations": [iteration for iteration, _ in lines],
                 **{term: [rows[position][t] for _, rows in lines] for t, term in enumerate(TERMS)},
             }
-    write_json(path / "plan.json", {**plan.to_json(), "steps": steps, "convolutions": dict(convolutions)})
+    write_json(path / Images.PLAN, {**plan.to_json(), "steps": steps, "convolutions": dict(convolutions)})
     segments_in_order = {str(s): found[s] for s in sorted(found)}
     losses = {"mean_over_iterations_up_to": True, "terms": list(TERMS), "segments": segments_in_order}
-    write_json(path / "losses.json", losses)
-    picture(path / "losses.png", lambda: _losses(list(segments_in_order.values()), engine.config))
-    picture(path / "grid.png", lambda: _grid(engine.inputs))
+    write_json(path / Images.LOSSES, losses)
+    picture(path / Images.LOSSES_PICTURE, lambda: _losses(list(segments_in_order.values()), engine.config))
+    picture(path / Images.GRID, lambda: _grid(engine.inputs))
 
 
 def _grid(inputs: Inputs) -> bytes:
@@ -426,7 +419,7 @@ def _grid(inputs: Inputs) -> bytes:
     cells: list[Tensor] = []
     for label in range(classes):
         cells.append(first[label])
-        cells += inputs.read([inputs.folder / image_name(label, i, inputs.extension) for i in range(ids)])
+        cells += inputs.read([inputs.folder / Images.image_name(label, i, inputs.extension) for i in range(ids)])
     titles = [str(c) for c in dataset.classes[:classes]]
     return grid(torch.stack(cells), ids + 1, titles=titles)
 
@@ -446,3 +439,35 @@ def _losses(segments: Sequence[dict[str, Any]], config: DistillConfig) -> bytes:
         axes.set_xlabel("iteration")
     drawn.suptitle(f"{config.method}: {len(segments)} segments, mean and range")
     return png(drawn, 90)
+
+
+def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:
+    for method in methods_of(entries):
+        yield _job(replace(run.distill, method=method, ipc=max(run.ipc)), teachers_of(method, run.teachers))
+
+
+def _job(config: DistillConfig, teachers: Sequence[str]) -> Job:
+    return Job(
+        f"distill {config.method}",
+        f"images/{folder_name(config.method)}",
+        config,
+        key=config.method,
+        keys={"teachers": teachers, "patches": patch_factor(config.method)},
+        faults=lambda data, hub: faults(config, data, len(teachers), teachers),
+        settled=lambda data: settled(config, data),
+        space=lambda data: space(config, data),
+    )
+
+
+SPEC = StageSpec(
+    run,
+    _jobs,
+    faults,
+    shared=True,
+    examples=(
+        "fd2fast distill --dataset D --teachers T --patches P --method sre2l++_fd2 --ipc 5 --out runs/cub/images/sre2l++_fd2",
+        "On several GPUs (or machines that share the folder), with the same bytes as on one:",
+        "torchrun --nproc-per-node 8 -m fd2fast distill --dataset D --teachers T --patches P --ipc 5 --out I",
+    ),
+    notes={"teachers": "in round-robin order", "patches": "for methods that start from patches, and rded"},
+)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fd2fast import student, threads
-from fd2fast.artifacts import Artifact, Stage, made, open_stage, read_json, write_json
-from fd2fast.config import EvaluateConfig
+from fd2fast.artifacts import Dataset, Images, Labels, Metrics, MetricsFacts, made, open_stage, read_json, write_json
+from fd2fast.config import EvaluateConfig, RunConfig, replace
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.store import load_split
 from fd2fast.data.views import VIEW_BOUNDS, batch_offsets
 from fd2fast.device import device_faults, pick_device, settle_precision
+from fd2fast.entries import Entry, folder_name, short_name
 from fd2fast.errors import UserError, refuse
+from fd2fast.graph import Job, StageSpec
 from fd2fast.lock import released_at_end
 from fd2fast.memory import beyond_memory, map_bytes
 from fd2fast.models.classifier import check_classifier
@@ -38,20 +40,20 @@ class Row:
 
     config: EvaluateConfig
     out: Path
-    dataset: Artifact
-    images: Artifact
-    labels: Artifact | None = None
+    dataset: Dataset
+    images: Images
+    labels: Labels | None = None
 
 
 def run(
     config: EvaluateConfig,
     out: Path | str,
-    dataset: Artifact,
-    images: Artifact,
-    labels: Artifact | None = None,
+    dataset: Dataset,
+    images: Images,
+    labels: Labels | None = None,
     *,
     overwrite: bool = False,
-) -> Artifact:
+) -> Metrics:
     """Train one student for every seed and test it; returns the "metrics" artifact.
 
     labels="soft" replays the label store: KL(softmax(t/T) || softmax(s/T)), batch mean, no T^2 and no cross entropy.
@@ -70,7 +72,7 @@ def run(
 
 
 @released_at_end()
-def run_all(rows: Sequence[Row], *, overwrite: bool = False) -> list[Artifact]:
+def run_all(rows: Sequence[Row], *, overwrite: bool = False) -> list[Metrics]:
     """`run` for several rows, the students of all of them side by side; a row is finished when its last student is."""
     opened = [_Opened(row, overwrite) for row in rows]
     waiting = [(one, seed) for one in opened for seed in one.missing()]
@@ -111,17 +113,17 @@ class _Opened:
     def __init__(self, row: Row, overwrite: bool):
         refuse(faults(row.config, None if made(row.out) and not overwrite else outline_of(row.dataset)))
         self.config = settled(row.config)
-        self.dataset, self.images, self.labels = row.dataset, row.images, row.labels
+        self.dataset, self.images, self.labels = row.dataset, Images.of(row.images), row.labels
         row.dataset.must_fit(row.images)
         lessons, parents = student.prepare(self.config, row.dataset, row.images, row.labels)
         self.epochs, self.ipc = lessons.epochs, len(lessons.targets) // len(row.images.classes)
         if len(load_split(row.dataset, "test")) == 0:
             raise UserError(f"{row.dataset.path} holds no test images")
-        self.stage: Stage = open_stage(row.out, "metrics", self.config, parents, overwrite=overwrite)
-        self.name = f"{row.images.facts['method']} ipc {self.ipc} {self.config.labels}"
+        self.stage = open_stage(row.out, Metrics, self.config, parents, overwrite=overwrite)
+        self.name = f"{self.images.facts.method} ipc {self.ipc} {self.config.labels}"
 
     @property
-    def result(self) -> Artifact:
+    def result(self) -> Metrics:
         assert self.stage.finished is not None
         return self.stage.finished
 
@@ -145,41 +147,41 @@ class _Opened:
         path, config = self.stage.path, self.config
         found = {seed: read_json(student.result_file(path, seed)) for seed in config.seeds}
         results = {str(seed): record["result"] for seed, record in found.items()}
-        write_json(path / "metrics.json", results)
-        picture(path / "curves.png", lambda: _curves(results, config, len(self.dataset.classes)))
+        write_json(path / Metrics.RESULTS, results)
+        picture(path / Metrics.CURVES_PICTURE, lambda: _curves(results, config, len(self.dataset.classes)))
         students = list(results.values())
-        facts: dict[str, Any] = {
-            "method": self.images.facts["method"],
-            "ipc": self.ipc,
-            "student": config.model,
-            "labels": config.labels,
-            "epochs": self.epochs,
-            "seeds": list(config.seeds),
-        }
-        for which in ("last", "best"):
-            values = [one[which] for one in students]
-            facts[which] = values
-            facts[f"{which}_mean"] = round(statistics.mean(values), 4)
-            facts[f"{which}_std"] = round(statistics.stdev(values), 4) if len(values) > 1 else None
+        last, best = ([one[which] for one in students] for which in ("last", "best"))
         top5 = [one["top5"] for one in students if one["top5"] is not None]
-        facts["top5_mean"] = round(statistics.mean(top5), 4) if top5 else None
+        facts = MetricsFacts(
+            method=self.images.facts.method,
+            ipc=self.ipc,
+            student=config.model,
+            labels=config.labels,
+            epochs=self.epochs,
+            seeds=list(config.seeds),
+            last=last,
+            last_mean=round(statistics.mean(last), 4),
+            last_std=_deviation(last),
+            best=best,
+            best_mean=round(statistics.mean(best), 4),
+            best_std=_deviation(best),
+            top5_mean=round(statistics.mean(top5), 4) if top5 else None,
+        )
         soft = self.labels if config.labels == "soft" else None
         seconds = {str(seed): record["seconds"] for seed, record in found.items()}
-        self.stage.finished = self.stage.finish(
-            classes=self.dataset.classes,
-            size=self.dataset.size,
-            mean=self.dataset.mean,
-            std=self.dataset.std,
-            facts=facts,
-            measured={
-                "device": str(pick_device(config.device)),
-                # of its students one after the other: they run beside those of other rows
-                "seconds": round(sum(seconds.values()), 3),
-                # apart from the results: times are not part of the identity
-                "seconds_of_each_student": seconds,
-                "seconds_of_the_labels": soft.measured["seconds"] if soft else None,
-            },
-        )
+        measured = {
+            "device": str(pick_device(config.device)),
+            # of its students one after the other: they run beside those of other rows
+            "seconds": round(sum(seconds.values()), 3),
+            # apart from the results: times are not part of the identity
+            "seconds_of_each_student": seconds,
+            "seconds_of_the_labels": soft.seconds if soft else None,
+        }
+        self.stage.finished = self.stage.finish_like(self.dataset, facts, measured)
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return round(statistics.stdev(values), 4) if len(values) > 1 else None
 
 
 def faults(
@@ -264,3 +266,40 @@ def _curves(results: dict[str, Any], config: EvaluateConfig, classes: int) -> by
     right.set_title(f"student {plain(config.model, 60)}", parse_math=False)
     right.legend(fontsize=8)
     return png(drawn, 110)
+
+
+def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:
+    for entry in entries:
+        for ipc in run.ipc:
+            for model in run.students:
+                yield _job(replace(run.evaluate, model=model, labels=entry.labels, ipc=ipc), entry, ipc, run)
+
+
+def _job(config: EvaluateConfig, entry: Entry, ipc: int, run: RunConfig) -> Job:
+    soft = entry.labels == "soft"
+    if not soft and config.epochs is None:
+        config = replace(config, epochs=run.relabel.epochs)
+    stored = run.relabel.epochs if soft else None
+    return Job(
+        f"students {short_name(config.model)} of {entry.name}, {ipc} per class",
+        f"metrics/{folder_name(entry.name)}-ipc{ipc}-{folder_name(config.model)}",
+        config,
+        key=(entry.name, ipc, config.model),
+        keys={"images": entry.method, "labels": (entry.method, ipc) if soft else None},
+        faults=lambda data, hub: faults(config, data, ipc, stored=stored, batch_size=run.relabel.batch_size),
+        settled=lambda data: settled(config),
+        space=lambda data: space(config, data),
+    )
+
+
+SPEC = StageSpec(
+    run,
+    _jobs,
+    faults,
+    run_all=lambda calls, overwrite: run_all([Row(*call) for call in calls], overwrite=overwrite),
+    examples=(
+        "fd2fast evaluate --dataset D --images I --soft-labels L --model ResNet18 --seeds 0 1 2 --out runs/cub/metrics/ResNet18",
+    ),
+    notes={"labels": "not needed with --labels hard"},
+    options={"labels": "soft_labels"},
+)

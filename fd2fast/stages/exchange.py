@@ -8,12 +8,21 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fd2fast.artifacts import Artifact, atomic_path, file_digest, load, open_stage
-from fd2fast.data.distilled import image_files, images_per_class
+from fd2fast.artifacts import (
+    Artifact,
+    Dataset,
+    Images,
+    TeacherArtifact,
+    TeacherFacts,
+    atomic_path,
+    file_digest,
+    load,
+    open_stage,
+)
 from fd2fast.errors import UserError
 from fd2fast.lock import OURS, TEMPORARY, own, released_at_end
 from fd2fast.models.pool import export_teacher, import_checkpoint
-from fd2fast.models.teacher import FILE, Teacher
+from fd2fast.models.teacher import Teacher
 from fd2fast.sources import of_file
 
 
@@ -27,8 +36,8 @@ class ImportConfig:
 
 @released_at_end()
 def import_teacher(
-    checkpoint: Path | str, model: str | None, out: Path | str, dataset: Artifact, *, overwrite: bool = False
-) -> Artifact:
+    checkpoint: Path | str, model: str | None, out: Path | str, dataset: Dataset, *, overwrite: bool = False
+) -> TeacherArtifact:
     """A "teacher" artifact from a checkpoint of the reference, read without executing anything in it.
 
     Raises UserError for a missing or foreign file, for a teacher of another class count than the dataset artifact, and for a
@@ -47,7 +56,7 @@ def import_teacher(
             )
     stage = open_stage(
         out,
-        "teacher",
+        TeacherArtifact,
         ImportConfig(checkpoint, model),
         {"dataset": dataset},
         sources={"checkpoint": source},
@@ -56,31 +65,26 @@ def import_teacher(
     if stage.finished:
         made = stage.finished.facts
         # the file's name is read, too
-        if teacher is not None and made["alpha"] != teacher.alpha:
+        if teacher is not None and made.alpha != teacher.alpha:
             raise UserError(
-                f"{stage.path} holds this teacher imported with alpha {made['alpha']}, the name {checkpoint.name} says "
+                f"{stage.path} holds this teacher imported with alpha {made.alpha}, the name {checkpoint.name} says "
                 f"{teacher.alpha}: choose another output folder, or --overwrite to make it anew"
             )
         return stage.finished
     if teacher is None or of_file(str(checkpoint), missing).digest != source.digest:
         raise UserError(f"{checkpoint} changed while it was read: run the same command again")
-    with atomic_path(stage.path / FILE) as temporary:
+    with atomic_path(stage.path / TeacherArtifact.WEIGHTS) as temporary:
         teacher.save(temporary)
-    return stage.finish(
-        classes=dataset.classes,
-        size=dataset.size,
-        mean=dataset.mean,
-        std=dataset.std,
-        facts={
-            "model": teacher.name,
-            "attention_maps": teacher.attention_maps,
-            "alpha": teacher.alpha,
-            "channels": teacher.backbone.channels,
-            "backbone_accuracy": teacher.accuracy,
-            "cal_accuracy": None,
-            "notices": notices,
-        },
+    facts = TeacherFacts(
+        model=teacher.name,
+        attention_maps=teacher.attention_maps,
+        alpha=teacher.alpha,
+        channels=teacher.backbone.channels,
+        backbone_accuracy=teacher.accuracy,
+        cal_accuracy=None,
+        notices=notices,
     )
+    return stage.finish_like(dataset, facts)
 
 
 def export_artifact(artifact: Artifact, out: Path | str, *, ipc: int | None = None) -> str:
@@ -91,33 +95,34 @@ def export_artifact(artifact: Artifact, out: Path | str, *, ipc: int | None = No
     """
     out = Path(out)
     artifact.unchanged()
-    if artifact.kind not in ("teacher", "images"):
+    if artifact.kind not in (TeacherArtifact.KIND, Images.KIND):
         raise UserError(f"{artifact.path} holds a {artifact.kind} artifact; a teacher or images can be exported")
     _must_be_a_target(out, artifact)
-    if artifact.kind == "teacher":
+    if artifact.kind == TeacherArtifact.KIND:
         if ipc is not None:
             raise UserError(f"ipc is for images; {artifact.path} holds a teacher")
-        teacher = Teacher.load(artifact.file(FILE))
+        teacher = Teacher.load(TeacherArtifact.of(artifact).weights)
         with own(out):
             return f"wrote {export_teacher(teacher, out)}"
-    held = images_per_class(artifact)
-    count = held if ipc is None else ipc
-    if not 1 <= count <= held:
-        raise UserError(f"ipc must be 1 to {held}, all that {artifact.path} holds; got {count}")
+    images = Images.of(artifact)
+    available = images.per_class()
+    count = available if ipc is None else ipc
+    if not 1 <= count <= available:
+        raise UserError(f"ipc must be 1 to {available}, all that {artifact.path} holds; got {count}")
     with own(out) as hold:
         if hold.fresh:
             for stale in out.rglob(f"{TEMPORARY}*"):
                 stale.unlink(missing_ok=True)
-        return f"wrote {_export_images(artifact, out, count)} images, {count} of each class, to {out}"
+        return f"wrote {_export_images(images, out, count)} images, {count} of each class, to {out}"
 
 
-def _export_images(artifact: Artifact, out: Path, count: int) -> int:
+def _export_images(images: Images, out: Path, count: int) -> int:
     """Ids 0..count-1 of each class as a folder of images; their number."""
-    names = [name for (_, image_id), name in sorted(image_files(artifact).items()) if image_id < count]
-    wanted = {out / Path(name).relative_to("images"): name for name in names}
+    names = [name for (_, image_id), name in sorted(images.image_names().items()) if image_id < count]
+    wanted = {out / Path(name).relative_to(Images.FOLDER): name for name in names}
     there = {path for path in out.rglob("*") if not path.is_dir() and not path.name.startswith(OURS)}
     for path in sorted(there):
-        if path not in wanted or not path.is_file() or file_digest(path) != artifact.manifest["files"][wanted[path]]:
+        if path not in wanted or not path.is_file() or file_digest(path) != images.manifest["files"][wanted[path]]:
             raise UserError(
                 f"{out} holds files of something else ({path.name}); wanted an empty or new folder, or what an interrupted "
                 "export of the same images left"
@@ -126,7 +131,7 @@ def _export_images(artifact: Artifact, out: Path, count: int) -> int:
     try:
         for target in wanted.keys() - there:
             with atomic_path(target) as temporary:
-                shutil.copyfile(artifact.file(wanted[target]), temporary)
+                shutil.copyfile(images.file(wanted[target]), temporary)
             written.append(target)
     except BaseException:  # so that another command can be given
         _take_back(written, out)

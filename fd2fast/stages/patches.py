@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fd2fast import ops, seeding
-from fd2fast.artifacts import Artifact, Stage, open_stage, sync_folder
-from fd2fast.config import PatchesConfig
+from fd2fast.artifacts import Dataset, Patches, PatchesFacts, Stage, TeacherArtifact, open_stage, sync_folder
+from fd2fast.config import PatchesConfig, RunConfig, replace
 from fd2fast.data.augment import crop_boxes
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import grid, normalise, read_image, save_image
 from fd2fast.data.store import ImageSet, load_split
 from fd2fast.device import device_faults, pick_device
-from fd2fast.errors import UserError, refuse
+from fd2fast.entries import Entry, patch_factors
+from fd2fast.errors import refuse
+from fd2fast.graph import Job, StageSpec
 from fd2fast.lock import released_at_end
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.pictures import picture
@@ -40,8 +43,8 @@ class Ranked(NamedTuple):
 
 @released_at_end()
 def run(
-    config: PatchesConfig, out: Path | str, dataset: Artifact, teacher: Artifact, *, overwrite: bool = False
-) -> Artifact:
+    config: PatchesConfig, out: Path | str, dataset: Dataset, teacher: TeacherArtifact, *, overwrite: bool = False
+) -> Patches:
     """Make `per_class` initial images of each class from the training images of `dataset`.
 
     Of each of the first `pool` images of a class, `crops` random resized crops (square, side size // factor) are scored by
@@ -55,12 +58,12 @@ def run(
     Raises UserError for settings out of range, a class with too few images, and a teacher that does not fit.
     """
     data = outline_of(dataset)
-    _must_fit(dataset, teacher)
+    TeacherArtifact.of(teacher).must_be_of(dataset)
     refuse(faults(config, data))
     device = pick_device(config.device)
     train = load_split(dataset, "train")
     pool = config.pool or data.least
-    stage = open_stage(out, "patches", config, {"dataset": dataset, "teacher": teacher}, overwrite=overwrite)
+    stage = open_stage(out, Patches, config, {"dataset": dataset, "teacher": teacher}, overwrite=overwrite)
     if stage.finished:
         return stage.finished
     loaded = load_teacher(teacher, device)
@@ -69,24 +72,14 @@ def run(
     with Progress("patches", classes, done=len(scores), unit="class") as bar:
         while len(scores) < classes:
             scores.append(_class_images(config, stage, train, loaded, len(scores), pool, device))
-            sync_folder((stage.path / file_name(len(scores) - 1, 0)).parent)
+            sync_folder((stage.path / Patches.image_name(len(scores) - 1, 0)).parent)
             stage.checkpoint(_STATE, {"scores": scores})
             bar.step(1, cross_entropy=scores[-1])
-    picture(stage.path / "preview.png", lambda: _preview(config, stage, train))
-    return stage.finish(
-        classes=dataset.classes,
-        size=dataset.size,
-        mean=dataset.mean,
-        std=dataset.std,
-        facts={
-            "factor": config.factor,
-            "per_class": config.per_class,
-            "pool": pool,
-            "crops": config.crops,
-            "mean_score": scores,
-        },
-        measured={"device": str(device)},
+    picture(stage.path / Patches.PREVIEW, lambda: _preview(config, stage, train))
+    facts = PatchesFacts(
+        factor=config.factor, per_class=config.per_class, pool=pool, crops=config.crops, mean_score=scores
     )
+    return stage.finish_like(dataset, facts, {"device": str(device)})
 
 
 def faults(config: PatchesConfig, data: Outline | None = None) -> list[str]:
@@ -122,17 +115,14 @@ def space(config: PatchesConfig, data: Outline) -> Space:
     return Space(0, count * (3 * data.size**2 + 4096))
 
 
-def _must_fit(dataset: Artifact, teacher: Artifact) -> None:
-    if teacher.kind != "teacher":
-        raise UserError(f"{teacher.path} holds a {teacher.kind} artifact; wanted a teacher")
-    teacher.must_fit(dataset)
-    parent = teacher.manifest["parents"].get("dataset")
-    if parent is not None and parent["id"] != dataset.id:
-        raise UserError(f"teacher {teacher.path} was made from another data set than {dataset.path}")
-
-
 def _class_images(
-    config: PatchesConfig, stage: Stage, train: ImageSet, teacher: Teacher, label: int, pool: int, device: torch.device
+    config: PatchesConfig,
+    stage: Stage[Patches],
+    train: ImageSet,
+    teacher: Teacher,
+    label: int,
+    pool: int,
+    device: torch.device,
 ) -> float:
     """Write the images of one class; the mean cross entropy of the crops in them."""
     cells, made, used = config.factor**2, 0, []
@@ -145,16 +135,11 @@ def _class_images(
         used.append(ranked.scores[: count * cells])
         for j, image in enumerate(compose(ranked.crops, count, config.factor)):
             pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8)
-            save_image(stage.path / file_name(label, made + j), pixels)
+            save_image(stage.path / Patches.image_name(label, made + j), pixels)
         made += count
         if made == config.per_class:
             break
     return float(torch.cat(used).double().mean())
-
-
-def file_name(label: int, image_id: int) -> str:
-    """Where an initial image lies in its artifact (the layout of RDED)."""
-    return f"images/{label:05d}/class{label:05d}_id{image_id:05d}.png"
 
 
 @torch.no_grad()
@@ -194,9 +179,38 @@ def compose(crops: Tensor, count: int, factor: int) -> Tensor:
     return cells.permute(2, 3, 0, 4, 1, 5).reshape(count, 3, factor * side, factor * side)
 
 
-def _preview(config: PatchesConfig, stage: Stage, train: ImageSet) -> bytes:
+def _preview(config: PatchesConfig, stage: Stage[Patches], train: ImageSet) -> bytes:
     shown = torch.linspace(0, len(train.classes) - 1, min(_PREVIEW, len(train.classes))).long().tolist()
     columns = min(config.per_class, 8)
-    pictures: list[Any] = [read_image(stage.path / file_name(k, j)) for k in shown for j in range(columns)]
+    pictures: list[Any] = [read_image(stage.path / Patches.image_name(k, j)) for k in shown for j in range(columns)]
     titles = [train.classes[k][:24] for k in shown]
     return grid(torch.stack(pictures), columns, titles=titles)
+
+
+def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:
+    for factor in patch_factors(entries):
+        settings = replace(run.patches, factor=factor, per_class=max(run.patches.per_class, *run.ipc))
+        yield _job(settings, run.teachers[0])
+
+
+def _job(config: PatchesConfig, teacher: str) -> Job:
+    return Job(
+        f"patches {config.factor} x {config.factor}",
+        f"patches/{config.factor}",
+        config,
+        key=config.factor,
+        keys={"teacher": teacher},
+        faults=lambda data, hub: faults(config, data),
+        settled=lambda data: settled(config),
+        space=lambda data: space(config, data),
+    )
+
+
+SPEC = StageSpec(
+    run,
+    _jobs,
+    faults,
+    examples=(
+        "fd2fast patches --dataset runs/cub/dataset --teacher runs/cub/teachers/ResNet18 --factor 2 --out runs/cub/patches/2",
+    ),
+)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fd2fast import seeding, threads
-from fd2fast.artifacts import STATE, Artifact, made, open_stage, resumable, write_json
-from fd2fast.config import PretrainConfig, replace
+from fd2fast.artifacts import (
+    STATE,
+    Dataset,
+    TeacherArtifact,
+    TrainedTeacherFacts,
+    made,
+    open_stage,
+    resumable,
+    write_json,
+)
+from fd2fast.config import PretrainConfig, RunConfig, replace
 from fd2fast.data.augment import crop_resize, pretrain_views
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import normalise
 from fd2fast.data.store import ImageSet, load_split
 from fd2fast.device import autocast, channels_last, device_faults, pick_device, repeatable, settle_precision
+from fd2fast.entries import Entry, folder_name, short_name
 from fd2fast.errors import UserError, refuse
+from fd2fast.graph import Job, StageSpec
 from fd2fast.lock import released_at_end
 from fd2fast.memory import beyond_memory, map_bytes
 from fd2fast.models.attention_views import crop_and_drop
@@ -30,7 +41,7 @@ from fd2fast.models.backbone import build_backbone, canonical_name, hub_name, lo
 from fd2fast.models.probe import check_weights, probe
 from fd2fast.models.prototypes import Prototypes
 from fd2fast.models.sight import must_see
-from fd2fast.models.teacher import FILE, Teacher
+from fd2fast.models.teacher import Teacher
 from fd2fast.models.training import accelerate
 from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.progress import Progress
@@ -97,7 +108,7 @@ def resolve(config: PretrainConfig, dataset_name: str) -> PretrainConfig:
 
 
 @released_at_end()
-def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite: bool = False) -> Artifact:
+def run(config: PretrainConfig, out: Path | str, dataset: Dataset, *, overwrite: bool = False) -> TeacherArtifact:
     """Train a teacher on the dataset artifact's training images and measure it on its whole test set.
 
     Writes teacher.safetensors, attention.png (mean attention over test images, from the first epoch on), curves.json (losses
@@ -116,16 +127,16 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
     for images, split in ((train, "training"), (test, "test")):
         if len(images.labels) == 0:
             raise UserError(f"{dataset.path} holds no {split} images")
-    settings = resolve(config, dataset.facts.get("name", ""))
+    settings = resolve(config, dataset.facts.name)
     sources = _sources(config, Path(out))
-    stage = open_stage(out, "teacher", config, {"dataset": dataset}, sources=sources, overwrite=overwrite)
+    stage = open_stage(out, TeacherArtifact, config, {"dataset": dataset}, sources=sources, overwrite=overwrite)
     if stage.finished:
         return stage.finished
     with repeatable():
         trainer = _Trainer(settings, train, test, device)
         if {name: source.digest for name, source in _sources(config, stage.path).items()} != stage.inputs:
             raise UserError(f"weights {config.weights} changed while they were read: run the same command again")
-        weights = _weights_facts(config, stage.inputs, trainer.teacher)
+        weights, weights_sha256 = _weights_facts(config, stage.inputs, trainer.teacher)
         begun = stage.restore(_STATE)
         if begun is not None:
             trainer.load_state(begun)
@@ -138,32 +149,29 @@ def run(config: PretrainConfig, out: Path | str, dataset: Artifact, *, overwrite
                 trainer.train_epoch(bar)
                 stage.checkpoint(_STATE, trainer.state())
                 if trainer.tested or trainer.epoch == 1:
-                    picture(stage.path / "attention.png", trainer.attention_picture)
+                    picture(stage.path / TeacherArtifact.ATTENTION, trainer.attention_picture)
         trained = max((trainer.epoch - first) * len(train.labels), 1)
         seconds = time.monotonic() - started
         result = trainer.keep()
-        trainer.teacher.save(stage.path / FILE)
-        picture(stage.path / "attention.png", trainer.attention_picture)
-    write_json(stage.path / "curves.json", trainer.history)
-    picture(stage.path / "curves.png", lambda: _curves(trainer.history, trainer.teacher.name))
-    return stage.finish(
-        classes=dataset.classes,
-        size=dataset.size,
-        mean=dataset.mean,
-        std=dataset.std,
-        facts={
-            "model": trainer.teacher.name,
-            "attention_maps": settings.attention_maps,
-            "alpha": settings.alpha,
-            "channels": trainer.teacher.backbone.channels,
-            "backbone_accuracy": result["backbone_accuracy"],
-            "cal_accuracy": result["cal_accuracy"],
-            "epoch": result["epoch"],
-            "head_trained": trainer.head_trained,
-            **weights,
-            "notices": trainer.notices,
-        },
-        measured={"images_per_second": round(trained / max(seconds, 1e-9), 1), "device": str(device)},
+        trainer.teacher.save(stage.path / TeacherArtifact.WEIGHTS)
+        picture(stage.path / TeacherArtifact.ATTENTION, trainer.attention_picture)
+    write_json(stage.path / TeacherArtifact.CURVES, trainer.history)
+    picture(stage.path / TeacherArtifact.CURVES_PICTURE, lambda: _curves(trainer.history, trainer.teacher.name))
+    facts = TrainedTeacherFacts(
+        model=trainer.teacher.name,
+        attention_maps=trainer.teacher.attention_maps,
+        alpha=trainer.alpha,
+        channels=trainer.teacher.backbone.channels,
+        backbone_accuracy=result["backbone_accuracy"],
+        cal_accuracy=result["cal_accuracy"],
+        epoch=int(result["epoch"]),
+        head_trained=trainer.head_trained,
+        weights=weights,
+        weights_sha256=weights_sha256,
+        notices=trainer.notices,
+    )
+    return stage.finish_like(
+        dataset, facts, {"images_per_second": round(trained / max(seconds, 1e-9), 1), "device": str(device)}
     )
 
 
@@ -508,17 +516,19 @@ def _sources(config: PretrainConfig, out: Path) -> dict[str, Source]:
     return {"weights": replace(source, resumes=not (out / STATE / _STATE).is_file())}
 
 
-def _weights_facts(config: PretrainConfig, inputs: Mapping[str, str], teacher: Teacher) -> dict[str, str | None]:
-    """What the weights were, wherever they lie; of the hub's, by the tensors as they were loaded."""
+def _weights_facts(
+    config: PretrainConfig, inputs: Mapping[str, str], teacher: Teacher
+) -> tuple[str | None, str | None]:
+    """What the weights were, wherever they lie, and their hash; of the hub's, by the tensors as they were loaded."""
     if not config.weights:
-        return {"weights": None, "weights_sha256": None}
+        return None, None
     if config.weights != HUB:
-        return {"weights": "file", "weights_sha256": inputs["weights"]}
+        return "file", inputs["weights"]
     sha = hashlib.sha256()
     for name, value in sorted(teacher.backbone.net.state_dict().items()):
         if not name.startswith(f"{teacher.backbone.head}."):
             sha.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return {"weights": HUB, "weights_sha256": sha.hexdigest()}
+    return HUB, sha.hexdigest()
 
 
 @plotting()
@@ -543,3 +553,30 @@ def _curves(history: list[dict[str, float | int]], name: str) -> bytes:
         axes.legend(fontsize=7)
     drawn.tight_layout()
     return png(drawn, 100)
+
+
+def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:
+    for name in run.teachers:
+        yield _job(replace(run.pretrain, model=name))
+
+
+def _job(config: PretrainConfig) -> Job:
+    return Job(
+        f"teacher {short_name(config.model)}",
+        f"teachers/{folder_name(config.model)}",
+        config,
+        key=config.model,
+        faults=lambda data, hub: faults(config, data, hub=hub),
+        settled=lambda data: settled(config),
+        space=lambda data: space(config, data),
+    )
+
+
+SPEC = StageSpec(
+    run,
+    _jobs,
+    faults,
+    examples=(
+        "fd2fast pretrain --dataset runs/cub/dataset --model ResNet18 --weights resnet18.pth --out runs/cub/teachers/ResNet18",
+    ),
+)

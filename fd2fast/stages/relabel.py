@@ -15,9 +15,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fd2fast import seeding
-from fd2fast.artifacts import Artifact, Stage, atomic_path, made, new_array, open_stage, write_npy, writing
-from fd2fast.config import RelabelConfig
-from fd2fast.data.distilled import images_per_class, load_images
+from fd2fast.artifacts import (
+    Images,
+    Labels,
+    LabelsFacts,
+    Stage,
+    TeacherArtifact,
+    atomic_path,
+    made,
+    new_array,
+    open_stage,
+    write_npy,
+    writing,
+)
+from fd2fast.config import RelabelConfig, RunConfig, replace
+from fd2fast.data.distilled import load_images
 from fd2fast.data.outline import Outline
 from fd2fast.data.views import (
     PER_EPOCH,
@@ -28,14 +40,15 @@ from fd2fast.data.views import (
     array_types,
     batch_offsets,
     draw_views,
-    file_of,
     grouped,
     images_at_once,
     replay,
     usual_batch_size,
 )
 from fd2fast.device import device_faults, pick_device
+from fd2fast.entries import Entry, folder_name, teachers_of
 from fd2fast.errors import UserError, refuse
+from fd2fast.graph import Job, StageSpec
 from fd2fast.lock import released_at_end
 from fd2fast.models.probe import probe
 from fd2fast.models.teacher import Teacher, load_teacher
@@ -44,7 +57,6 @@ from fd2fast.progress import Progress
 from fd2fast.ranges import out_of_range
 from fd2fast.space import Space
 
-LOGITS = "logits.npy"
 # Seconds between saves of unfinished work.
 SAVE_SECONDS = 10.0
 # Epochs that the manifest's agreement is taken over: enough for a percentage, and never a long pass over the store.
@@ -55,11 +67,11 @@ AGREEMENT_EPOCHS = 10
 def run(
     config: RelabelConfig,
     out: Path | str,
-    images: Artifact,
-    teachers: Sequence[Artifact],
+    images: Images,
+    teachers: Sequence[TeacherArtifact],
     *,
     overwrite: bool = False,
-) -> Artifact:
+) -> Labels:
     """Label `config.epochs` epochs of views of the distilled images; returns the "labels" artifact.
 
     Files: logits.npy float16 [E,N,K] (row n of epoch e belongs to the image order[e,n]; no softmax, no temperature) and
@@ -71,20 +83,17 @@ def run(
     """
     if not teachers:
         raise UserError("labels need at least one teacher")
-    if images.kind != "images":
-        raise UserError(f"{images.path} holds a {images.kind} artifact; wanted an images artifact")
+    images, teachers = Images.of(images), [TeacherArtifact.of(teacher) for teacher in teachers]
     for teacher in teachers:
-        if teacher.kind != "teacher":
-            raise UserError(f"{teacher.path} holds a {teacher.kind} artifact; wanted a teacher artifact")
         images.must_fit(teacher)
     known = Outline("", images.size, tuple(images.classes), (), ())
     finished = made(out) and not overwrite
-    models = [] if finished else [str(teacher.facts["model"]) for teacher in teachers]
-    refuse(faults(config, known, images_per_class(images), models))
+    models = [] if finished else [teacher.facts.model for teacher in teachers]
+    refuse(faults(config, known, images.per_class(), models))
     settings = ViewSettings.of(config)
     weights = teacher_weights(config, teachers)
     parents = {"images": images, **{f"teacher_{i}": teacher for i, teacher in enumerate(teachers)}}
-    stage = open_stage(out, "labels", config, parents, overwrite=overwrite)
+    stage = open_stage(out, Labels, config, parents, overwrite=overwrite)
     if stage.finished:
         return stage.finished
 
@@ -116,23 +125,18 @@ def run(
             store.put(first, end, views, logits)
             bar.step(end - first, agreement=100 * float(_agree(logits, views, targets).mean()))
     agreement = store.close(targets)
-    return stage.finish(
-        classes=images.classes,
-        size=images.size,
-        mean=images.mean,
-        std=images.std,
-        facts={
-            "images": len(pixels),
-            "ipc": len(pixels) // len(images.classes),
-            "epochs": config.epochs,
-            "batch_size": min(config.batch_size or usual_batch_size(len(pixels)), len(pixels)),
-            "teachers": [teacher.facts["model"] for teacher in teachers],
-            "weights": weights,
-            "teacher_mode": config.teacher_mode,
-            "source": config.source,
-            "agreement": agreement,
-        },
+    facts = LabelsFacts(
+        images=len(pixels),
+        ipc=len(pixels) // len(images.classes),
+        epochs=config.epochs,
+        batch_size=min(config.batch_size or usual_batch_size(len(pixels)), len(pixels)),
+        teachers=[teacher.facts.model for teacher in teachers],
+        weights=weights,
+        teacher_mode=config.teacher_mode,
+        source=config.source,
+        agreement=agreement,
     )
+    return stage.finish_like(images, facts)
 
 
 def faults(
@@ -182,11 +186,12 @@ def space(config: RelabelConfig, data: Outline, ipc: int) -> Space:
     return Space(size, size + (1 << 16))
 
 
-def teacher_weights(config: RelabelConfig, teachers: Sequence[Artifact]) -> list[float]:
+def teacher_weights(config: RelabelConfig, teachers: Sequence[TeacherArtifact]) -> list[float]:
     """Weights of the teachers' logits: 1/n, or softmax(test accuracy in percent / 10)."""
     if config.teacher_weights == "equal":
         return [1 / len(teachers)] * len(teachers)
-    accuracies = [teacher.facts[f"{config.source}_accuracy"] for teacher in teachers]
+    backbone = config.source == "backbone"
+    accuracies = [teacher.facts.backbone_accuracy if backbone else teacher.facts.cal_accuracy for teacher in teachers]
     if not all(accuracy is not None and math.isfinite(accuracy) for accuracy in accuracies):
         raise UserError(f"teacher_weights prior needs every teacher's accuracy, got {accuracies}")
     return torch.softmax(torch.tensor(accuracies, dtype=torch.float64) / 10, 0).tolist()
@@ -292,11 +297,11 @@ def _agree(logits: np.ndarray, views: Views, targets: np.ndarray) -> np.ndarray:
 class _Store:
     """The arrays being filled below the stage's state folder, epoch by epoch; `done` epochs are safe."""
 
-    def __init__(self, stage: Stage, epochs: int, offsets: np.ndarray, classes: int):
+    def __init__(self, stage: Stage[Labels], epochs: int, offsets: np.ndarray, classes: int):
         self._stage = stage
         self._offsets = offsets
-        shapes: dict[str, tuple[tuple[int, ...], type]] = {LOGITS: ((int(offsets[-1]), classes), np.float16)}
-        shapes |= {file_of(name): kind for name, kind in array_types(offsets).items()}
+        shapes: dict[str, tuple[tuple[int, ...], type]] = {Labels.LOGITS: ((int(offsets[-1]), classes), np.float16)}
+        shapes |= {Labels.view_name(name): kind for name, kind in array_types(offsets).items()}
         self.epochs = epochs
         restored = stage.restore("progress.pt")
         self.done = int(restored["done"]) if restored else 0
@@ -314,9 +319,9 @@ class _Store:
         return final if self.done == self.epochs and final.is_file() else self._stage.state / "store" / name
 
     def put(self, first: int, end: int, views: Views, logits: np.ndarray) -> None:
-        self._arrays[LOGITS][first:end] = logits
+        self._arrays[Labels.LOGITS][first:end] = logits
         for name in PER_EPOCH:
-            self._arrays[file_of(name)][first:end] = getattr(views, name)
+            self._arrays[Labels.view_name(name)][first:end] = getattr(views, name)
         self.done = end
         if end == self.epochs or time.monotonic() - self._saved >= SAVE_SECONDS:
             with writing(self._stage.state / "store"):
@@ -328,12 +333,12 @@ class _Store:
     def close(self, targets: np.ndarray) -> float:
         """Move the full arrays to their place; returns the agreement with the classes in percent."""
         few = min(self.epochs, AGREEMENT_EPOCHS)
-        arrays = {name: np.asarray(self._arrays[file_of(name)][-few:]) for name in PER_EPOCH}
+        arrays = {name: np.asarray(self._arrays[Labels.view_name(name)][-few:]) for name in PER_EPOCH}
         views = Views(**arrays, offsets=self._offsets)
-        agreement = 100 * float(_agree(np.asarray(self._arrays[LOGITS][-few:]), views, targets).mean())
+        agreement = 100 * float(_agree(np.asarray(self._arrays[Labels.LOGITS][-few:]), views, targets).mean())
         self._arrays.clear()
-        write_npy(self._stage.path / file_of("offsets"), self._offsets)
-        names = [LOGITS, *(file_of(name) for name in PER_EPOCH)]
+        write_npy(self._stage.path / Labels.view_name("offsets"), self._offsets)
+        names = [Labels.LOGITS, *(Labels.view_name(name) for name in PER_EPOCH)]
         for name in names:
             held = self._stage.state / "store" / name
             if held.is_file():
@@ -347,3 +352,33 @@ def _reserve(path: Path, shape: tuple[int, ...], dtype: type) -> None:
     """A .npy file of zeros whose space is really taken: a full disk shows now, not as a signal in the middle of the work."""
     with atomic_path(path) as temporary:
         new_array(temporary, shape, dtype)
+
+
+def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:
+    for entry in entries:
+        for ipc in run.ipc if entry.labels == "soft" else ():
+            yield _job(replace(run.relabel, ipc=ipc), entry, ipc, teachers_of(entry.method, run.teachers))
+
+
+def _job(config: RelabelConfig, entry: Entry, ipc: int, teachers: Sequence[str]) -> Job:
+    return Job(
+        f"labels {entry.name}, {ipc} per class",
+        f"labels/{folder_name(entry.method)}-ipc{ipc}",
+        config,
+        key=(entry.method, ipc),
+        keys={"images": entry.method, "teachers": teachers},
+        faults=lambda data, hub: faults(config, data, ipc, teachers),
+        settled=lambda data: settled(config),
+        space=lambda data: space(config, data, ipc),
+    )
+
+
+SPEC = StageSpec(
+    run,
+    _jobs,
+    faults,
+    examples=(
+        "fd2fast relabel --images runs/cub/images/sre2l++_fd2 --teachers runs/cub/teachers/ResNet18 --epochs 400 --out L",
+    ),
+    notes={"teachers": "their logits are averaged"},
+)

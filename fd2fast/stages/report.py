@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fd2fast.artifacts import Artifact, write_bytes, write_json
-from fd2fast.data.distilled import image_files, images_per_class
+from fd2fast.artifacts import Dataset, Images, Metrics, TeacherArtifact, write_bytes, write_json
 from fd2fast.data.pixels import read_image
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
@@ -34,10 +33,10 @@ _COLOURS = {"soft": "tab:blue", "hard": "tab:orange"}
 def run(
     out: Path | str,
     *,
-    dataset: Artifact,
-    teachers: Sequence[Artifact],
-    images: Sequence[Artifact],
-    metrics: Sequence[Artifact],
+    dataset: Dataset,
+    teachers: Sequence[TeacherArtifact],
+    images: Sequence[Images],
+    metrics: Sequence[Metrics],
 ) -> str:
     """Write table.json, report.md, grid.png and accuracy.png into the plain folder `out` (made anew every time).
 
@@ -47,7 +46,9 @@ def run(
 
     Raises UserError for artifacts of another kind, metrics of another data set or of images that are not given.
     """
-    _check(dataset, teachers, images, metrics)
+    dataset, teachers = Dataset.of(dataset), [TeacherArtifact.of(teacher) for teacher in teachers]
+    images, metrics = [Images.of(one) for one in images], [Metrics.of(one) for one in metrics]
+    _check(dataset, images, metrics)
     out = Path(out)
     rows = [_row(m, images) for m in metrics]
     table = _table(rows)
@@ -66,25 +67,18 @@ def run(
     return table
 
 
-def _check(
-    dataset: Artifact, teachers: Sequence[Artifact], images: Sequence[Artifact], metrics: Sequence[Artifact]
-) -> None:
-    given = (("dataset", [dataset]), ("teacher", teachers), ("images", images), ("metrics", metrics))
-    for kind, artifacts in given:
-        for artifact in artifacts:
-            if artifact.kind != kind:
-                raise UserError(f"{artifact.path} holds a {artifact.kind} artifact; wanted a {kind} artifact")
+def _check(dataset: Dataset, images: Sequence[Images], metrics: Sequence[Metrics]) -> None:
     if not metrics:
         raise UserError("a report needs at least one metrics artifact")
     for artifact in (*images, *metrics):
         dataset.must_fit(artifact)
     for m in metrics:
-        if m.manifest["parents"]["dataset"]["id"] != dataset.id:
+        if m.parent_id("dataset") != dataset.id:
             raise UserError(f"{m.path} was tested on another data set than {dataset.path}: evaluate again")
 
 
-def _images_of(metrics: Artifact, images: Sequence[Artifact]) -> Artifact:
-    wanted = metrics.manifest["parents"]["images"]["id"]
+def _images_of(metrics: Metrics, images: Sequence[Images]) -> Images:
+    wanted = metrics.parent_id("images") or ""
     for artifact in images:
         if artifact.id == wanted:
             return artifact
@@ -93,50 +87,60 @@ def _images_of(metrics: Artifact, images: Sequence[Artifact]) -> Artifact:
     )
 
 
-def set_name(images: Artifact) -> str:
+def set_name(images: Images) -> str:
     """What a set of images is called: its method, with the semantics where they are not the paper's."""
-    semantics = images.facts.get("semantics", "paper")
-    return str(images.facts["method"]) + ("" if semantics == "paper" else f" ({semantics})")
+    semantics = images.facts.semantics
+    return images.facts.method + ("" if semantics == "paper" else f" ({semantics})")
 
 
-def _row(metrics: Artifact, images: Sequence[Artifact]) -> dict[str, Any]:
+def _row(metrics: Metrics, images: Sequence[Images]) -> dict[str, Any]:
     """One row of table.json; the facts of the metrics with the images' and the times."""
     made = _images_of(metrics, images)
     facts = metrics.facts
     return {
         "method": set_name(made),
-        **{key: facts[key] for key in ("labels", "ipc", "student", "epochs", "seeds")},
-        **{key: facts[key] for key in ("last_mean", "last_std", "best_mean", "best_std", "last", "best", "top5_mean")},
-        "seconds_to_distil": made.measured["seconds"],
-        "distilled_ipc": made.facts["ipc"],
+        "labels": facts.labels,
+        "ipc": facts.ipc,
+        "student": facts.student,
+        "epochs": facts.epochs,
+        "seeds": facts.seeds,
+        "last_mean": facts.last_mean,
+        "last_std": facts.last_std,
+        "best_mean": facts.best_mean,
+        "best_std": facts.best_std,
+        "last": facts.last,
+        "best": facts.best,
+        "top5_mean": facts.top5_mean,
+        "seconds_to_distil": made.seconds,
+        "distilled_ipc": made.facts.ipc,
         "seconds_for_labels": metrics.measured.get("seconds_of_the_labels"),
-        "seconds_for_students": metrics.measured["seconds"],
+        "seconds_for_students": metrics.seconds,
         "metrics": metrics.id,
         "images": made.id,
     }
 
 
-def _about(dataset: Artifact, teachers: Sequence[Artifact]) -> dict[str, Any]:
+def _about(dataset: Dataset, teachers: Sequence[TeacherArtifact]) -> dict[str, Any]:
     facts = dataset.facts
     return {
         "dataset": {
-            "name": str(facts.get("name", dataset.path.name)),
+            "name": facts.name or dataset.path.name,
             "classes": len(dataset.classes),
             "size": dataset.size,
-            "train": facts["train"],
-            "test": facts["test"],
-            "train_per_class": facts.get("per_class", {}).get("train", []),
-            "skipped": len(facts.get("skipped", [])),
+            "train": facts.train,
+            "test": facts.test,
+            "train_per_class": facts.per_class.get("train", []),
+            "skipped": len(facts.skipped),
             "id": dataset.id,
         },
         "chance": round(100 / len(dataset.classes), 4),
         "teachers": [
             {
-                "model": str(t.facts.get("model", t.path.name)),
-                "backbone_accuracy": _finite(t.facts.get("backbone_accuracy")),
-                "cal_accuracy": _finite(t.facts.get("cal_accuracy")),
-                "attention_maps": t.facts.get("attention_maps"),
-                "seconds": _finite(t.measured.get("seconds")),
+                "model": t.facts.model,
+                "backbone_accuracy": _finite(t.facts.backbone_accuracy),
+                "cal_accuracy": _finite(t.facts.cal_accuracy),
+                "attention_maps": t.facts.attention_maps,
+                "seconds": _finite(t.seconds),
                 "id": t.id,
             }
             for t in teachers
@@ -221,7 +225,7 @@ def _document(
     about: dict[str, Any],
     rows: Sequence[dict[str, Any]],
     table: str,
-    images: Sequence[Artifact],
+    images: Sequence[Images],
     left_out: Sequence[str] = (),
 ) -> str:
     def shown(title: str, name: str) -> str:
@@ -250,11 +254,11 @@ def _document(
         ["images", "semantics", "teachers given", "IPC", "distil s"],
         [
             [
-                str(a.facts["method"]),
-                str(a.facts.get("semantics", "")),
-                ", ".join(a.facts["teachers"]) or "none",
-                str(a.facts["ipc"]),
-                _seconds(a.measured["seconds"]),
+                a.facts.method,
+                a.facts.semantics,
+                ", ".join(a.facts.teachers) or "none",
+                str(a.facts.ipc),
+                _seconds(a.seconds),
             ]
             for a in _distinct(images)
         ],
@@ -321,7 +325,7 @@ def _how_to_read(rows: Sequence[dict[str, Any]], test: int) -> str:
     return "\n".join(f"- {point}" for point in points)
 
 
-def _distinct(images: Sequence[Artifact]) -> list[Artifact]:
+def _distinct(images: Sequence[Images]) -> list[Images]:
     return list({artifact.id: artifact for artifact in images}.values())
 
 
@@ -335,27 +339,27 @@ def _cell(pixels: np.ndarray) -> np.ndarray:
     return image.repeat(times, 0).repeat(times, 1)
 
 
-def _columns(dataset: Artifact, images: Sequence[Artifact], classes: int) -> list[tuple[str, list[list[np.ndarray]]]]:
+def _columns(dataset: Dataset, images: Sequence[Images], classes: int) -> list[tuple[str, list[list[np.ndarray]]]]:
     """(title, columns of one cell for each class) of the real images and of every distinct set."""
     train = load_split(dataset, "train")
     train.require(1, "the report")
     first = train.pixels([int(train.of_class(k)[0]) for k in range(classes)]).numpy()
     groups = [("real", [[_cell(pixels) for pixels in first]])]
     for artifact in _distinct(images)[:_GRID_SETS]:
-        files = image_files(artifact)
+        files = artifact.image_names()
         columns = [
             [
                 _cell(read_image(artifact.file(files[label, image_id]), artifact.size).numpy())
                 for label in range(classes)
             ]
-            for image_id in range(min(_GRID_IDS, images_per_class(artifact)))
+            for image_id in range(min(_GRID_IDS, artifact.per_class()))
         ]
         groups.append((plain(set_name(artifact), 60).replace(" ", "\n"), columns))
     return groups
 
 
 @plotting()
-def _grid(dataset: Artifact, images: Sequence[Artifact]) -> bytes:
+def _grid(dataset: Dataset, images: Sequence[Images]) -> bytes:
     """One row per class; the real image, then each set's first ids, under their titles."""
     classes = min(_GRID_CLASSES, len(dataset.classes))
     names = [plain(name, 28) for name in dataset.classes[:classes]]

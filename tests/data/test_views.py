@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from fd2fast.artifacts import write_npy
+from fd2fast.artifacts import Labels, write_npy
 from fd2fast.config import EvaluateConfig, RelabelConfig, replace
 from fd2fast.data.views import (
     PER_EPOCH,
@@ -23,7 +23,6 @@ from fd2fast.data.views import (
     cut_box,
     draw_crops,
     draw_views,
-    file_of,
     grouped,
     images_at_once,
     open_array,
@@ -204,12 +203,12 @@ def test_replay_is_the_loop_over_images(device: torch.device) -> None:
 def test_stored_views_come_back(tmp_path: Path) -> None:
     views = draw_views(SETTINGS, OFFSETS, SIZE, 0, 3)
     for name in (*PER_EPOCH, "offsets"):
-        write_npy(tmp_path / file_of(name), getattr(views, name))
+        write_npy(tmp_path / Labels.view_name(name), getattr(views, name))
     back = open_views(tmp_path)
     assert equal(back, views)
     with pytest.raises(ValueError, match="read-only"):
         back.order[0, 0] = 1
-    (tmp_path / file_of("lam")).unlink()
+    (tmp_path / Labels.view_name("lam")).unlink()
     with pytest.raises(UserError, match=r"lam\.npy is missing"):
         open_views(tmp_path)
 
@@ -217,8 +216,8 @@ def test_stored_views_come_back(tmp_path: Path) -> None:
 def test_pickles_are_refused(tmp_path: Path) -> None:
     views = draw_views(SETTINGS, OFFSETS, SIZE, 0, 1)
     for name in (*PER_EPOCH, "offsets"):
-        write_npy(tmp_path / file_of(name), getattr(views, name))
-    np.save(tmp_path / file_of("order"), np.array([{"a": 1}], dtype=object), allow_pickle=True)
+        write_npy(tmp_path / Labels.view_name(name), getattr(views, name))
+    np.save(tmp_path / Labels.view_name("order"), np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=r"order\.npy is not a plain array"):
         open_views(tmp_path)
 

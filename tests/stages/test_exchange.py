@@ -11,12 +11,12 @@ import torch
 from distill_tools import make_dataset
 from PIL import Image
 
-from fd2fast.artifacts import MANIFEST, identity_digest, load, open_stage, write_json
+from fd2fast.artifacts import MANIFEST, TeacherArtifact, identity_digest, load, open_stage, write_json
 from fd2fast.config import DistillConfig, PretrainConfig
 from fd2fast.data.pixels import save_image
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone
-from fd2fast.models.teacher import FILE, Teacher
+from fd2fast.models.teacher import Teacher
 from fd2fast.stages import exchange
 from fd2fast.stages.exchange import export_artifact, import_teacher
 
@@ -31,7 +31,7 @@ def teacher(tmp_path_factory, dataset):
     stage = open_stage(tmp_path_factory.mktemp("exchange") / "t", "teacher", PretrainConfig(), {"dataset": dataset})
     made = Teacher(build_backbone("MobileNetV2", 5), 2, alpha=0.5, size=32, accuracy=50.0)
     made.prototypes_last.copy_(torch.rand_like(made.prototypes_last))
-    made.save(stage.path / FILE)
+    made.save(stage.path / TeacherArtifact.WEIGHTS)
     return stage.finish(classes=dataset.classes, size=32, mean=dataset.mean, std=dataset.std)
 
 
@@ -39,7 +39,10 @@ def test_a_teacher_goes_out_and_comes_back(dataset, teacher, tmp_path):
     export_artifact(teacher, tmp_path)
     checkpoint = tmp_path / "MobileNetV2_M2_5e-1cal.pth"
     back = import_teacher(checkpoint, "MobileNetV2", tmp_path / "back", dataset)
-    before, after = Teacher.load(teacher.file(FILE)), Teacher.load(back.file(FILE))
+    before, after = (
+        Teacher.load(teacher.file(TeacherArtifact.WEIGHTS)),
+        Teacher.load(back.file(TeacherArtifact.WEIGHTS)),
+    )
     assert (after.attention_maps, after.alpha, after.name) == (2, 0.5, "MobileNetV2")
     for key, value in before.state_dict().items():
         if key != "prototypes_ema":  # the checkpoint of the reference has none
@@ -122,9 +125,9 @@ def test_an_import_of_an_earlier_version_is_known_by_the_hash_among_its_settings
 def test_a_teacher_changed_by_hand_is_not_exported(dataset, teacher, tmp_path):
     copied = tmp_path / "t"
     shutil.copytree(teacher.path, copied)
-    data = bytearray((copied / FILE).read_bytes())
+    data = bytearray((copied / TeacherArtifact.WEIGHTS).read_bytes())
     data[-1] ^= 1
-    (copied / FILE).write_bytes(bytes(data))
+    (copied / TeacherArtifact.WEIGHTS).write_bytes(bytes(data))
     with pytest.raises(UserError, match="was changed after it was made"):
         export_artifact(load(copied), tmp_path / "out")
 

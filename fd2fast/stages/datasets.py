@@ -1,0 +1,28 @@
+"""The first stage of a run, which makes the data set; fd2fast.data.prepare does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fd2fast.config import RunConfig
+from fd2fast.data import prepare
+from fd2fast.entries import Entry
+from fd2fast.graph import Job, StageSpec
+
+
+def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:
+    yield Job("data set", "dataset", run.data, space=prepare.space)
+
+
+SPEC = StageSpec(
+    prepare.prepare,
+    _jobs,
+    prepare.faults,
+    say=prepare.describe,
+    examples=(
+        "fd2fast datasets --dataset typefaces --classes 50 --size 96 --out runs/faces/dataset",
+        "fd2fast datasets --dataset cub --root ~/CUB_200_2011 --size 224 --out runs/cub/dataset",
+    ),
+    out=Path("runs/dataset"),
+)
