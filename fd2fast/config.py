@@ -146,7 +146,7 @@ class PatchesConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Optimise the synthetic images. `method` and `semantics` fill every field that is None (see fd2fast/methods.py)."""
+    """Optimise the synthetic images. `method` and `semantics` fill every field that is None (see fd2fast/methods)."""
 
     # sre2l++, fadrm, fadrm+, cvdd, each with _fd2 for FD2 on top; or a baseline: random, herding, kcenter, rded.
     method: str = "sre2l++_fd2"

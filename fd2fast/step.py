@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fd2fast import ops
 from fd2fast.capture import Captures, CudaRecorder
-from fd2fast.config import DistillConfig
 from fd2fast.errors import UserError
 from fd2fast.models import cpu
 from fd2fast.models.frozen import prototype_loss
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher
+from fd2fast.recipe import Recipe
 from fd2fast.tables import COLUMNS, DeviceTable, HostTable
 
 # Columns of the losses that `GroupedStep.iterate` returns.
@@ -98,7 +98,7 @@ class GroupedStep:
 
     def __init__(
         self,
-        config: DistillConfig,
+        recipe: Recipe,
         teachers: Sequence[Teacher | FusedTeacher],
         initial: Tensor,
         labels: Tensor,
@@ -110,23 +110,21 @@ class GroupedStep:
         priors: Sequence[Priors | None] | None = None,
         graphs: bool | None = None,
     ):
-        """config: resolved. teachers: frozen, eval mode, on the device and in the type of `initial`; plain or already fused.
+        """teachers: frozen, eval mode, on the device and in the type of `initial`; plain or already fused.
 
         initial: normalised [N, 3, S, S] at full size; labels: int [N]; offsets: row offsets [segments + 1]; low, high: [3];
         committees[segment]: indices of its teachers in their order (None: all); priors[teacher]: its attention of the
         finished images of the rows' classes and groups; graphs: replay iterations as CUDA graphs (None: on a GPU).
         Raises ValueError for shapes, labels or teachers that do not fit, and for graphs without a GPU.
         """
-        assert config.iterations is not None
-        assert config.sizes is not None
-        self.config = config
+        self.recipe = recipe
         self.teachers = list(teachers)
         self.offsets = tuple(int(o) for o in offsets)
         self.labels = labels.to(initial.device)
         self.initial = initial
         self.device = initial.device
         self.low, self.high = low.to(initial), high.to(initial)
-        self.total_iterations = sum(config.iterations)
+        self.total_iterations = recipe.total_iterations
         segments = len(self.offsets) - 1
         everyone = tuple(range(len(self.teachers)))
         self.committees = [tuple(c) for c in committees] if committees is not None else [everyone] * segments
@@ -141,14 +139,14 @@ class GroupedStep:
             dict(
                 zip(
                     c,
-                    committee_weights([teachers[i].accuracy for i in c], config.teacher_weights or "equal"),
+                    committee_weights([teachers[i].accuracy for i in c], recipe.teacher_weights),
                     strict=True,
                 )
             )
             for c in self.committees
         ]
         self._alphas = [self._alpha(teacher) for teacher in self.teachers]
-        maps = map_dtype(config.precision, initial.dtype)
+        maps = map_dtype(recipe.precision, initial.dtype)
         self._fused = [t if isinstance(t, FusedTeacher) else fuse(t, maps) for t in self.teachers]
         self._parts: dict[tuple[int, ...], _Part] = {}
         self._resized_priors: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Priors] = {}
@@ -161,7 +159,7 @@ class GroupedStep:
 
         self.iteration = 0  # finished, over all phases
         self.phase = 0
-        self.images = self._resize(initial, config.sizes[0]).clone()
+        self.images = self._resize(initial, recipe.sizes[0]).clone()
         self.exp_avg = torch.zeros_like(self.images)
         self.exp_avg_sq = torch.zeros_like(self.images)
         # fp16 only: loss scale of each segment and its iterations without overflow
@@ -172,7 +170,7 @@ class GroupedStep:
 
     def _check(self) -> None:
         rows, segments = self.initial.shape[0], len(self.offsets) - 1
-        size = self.config.sizes[-1] if self.config.sizes else 0
+        size = self.recipe.sizes[-1]
         if self.initial.ndim != 4 or self.initial.shape != (rows, 3, size, size):
             raise ValueError(f"initial must be [N, 3, {size}, {size}], got {list(self.initial.shape)}")
         if segments < 1 or self.offsets[0] != 0 or self.offsets[-1] != rows or min(_lengths(self.offsets)) < 1:
@@ -212,9 +210,9 @@ class GroupedStep:
                 )
 
     def _alpha(self, teacher: Any) -> float:
-        if not self.config.fd2:
+        if not self.recipe.fd2:
             return 0.0
-        return float(teacher.alpha if self.config.alpha is None else self.config.alpha)
+        return float(teacher.alpha if self.recipe.alpha is None else self.recipe.alpha)
 
     def close(self) -> None:
         """Let go of the teachers, of recorded iterations and of what was prepared for them."""
@@ -238,23 +236,20 @@ class GroupedStep:
     @property
     def size(self) -> int:
         """Side of the images in the coming iteration."""
-        assert self.config.sizes is not None
-        return self.config.sizes[self._phase_of(self.iteration)]
+        return self.recipe.sizes[self._phase_of(self.iteration)]
 
     @property
     def phase_end(self) -> int:
         """First iteration after the phase of the coming iteration."""
-        assert self.config.iterations is not None
-        return sum(self.config.iterations[: self._phase_of(self.iteration) + 1])
+        return sum(self.recipe.iterations[: self._phase_of(self.iteration) + 1])
 
     def _phase_of(self, iteration: int) -> int:
-        assert self.config.iterations is not None
         end = 0
-        for phase, budget in enumerate(self.config.iterations):
+        for phase, budget in enumerate(self.recipe.iterations):
             end += budget
             if iteration < end:
                 return phase
-        return len(self.config.iterations) - 1
+        return len(self.recipe.iterations) - 1
 
     def _resize(self, images: Tensor, size: int) -> Tensor:
         if images.shape[-1] == size:
@@ -263,12 +258,10 @@ class GroupedStep:
 
     def _enter_phase(self, phase: int) -> dict[str, Tensor]:
         """Resize, mix the initial image back in (FADRM's residual), start Adam anew; what was there before."""
-        assert self.config.sizes is not None
-        assert self.config.residual is not None
         if self._captures is not None:
             self._captures.clear()
         self._resized_priors.clear()
-        share, size = self.config.residual, self.config.sizes[phase]
+        share, size = self.recipe.residual, self.recipe.sizes[phase]
         images = self._resize(self.images, size)
         if share < 1:
             images = share * images + (1 - share) * self._resize(self.initial, size)
@@ -292,14 +285,14 @@ class GroupedStep:
     def _turn(self, segment: int, iteration: int) -> dict[int, float]:
         """Teachers of a segment in an iteration with their weights."""
         committee = self.committees[segment]
-        if self.config.teacher_schedule == "round_robin":
+        if self.recipe.teacher_schedule == "round_robin":
             return {committee[iteration % len(committee)]: 1.0}
         return self._weights[segment]
 
     def _make_schedule(self) -> list[tuple[_Task, ...]]:
         """The tasks of each iteration of one period: iteration t has those at t modulo the length."""
         period = 1
-        if self.config.teacher_schedule == "round_robin":
+        if self.recipe.teacher_schedule == "round_robin":
             period = math.lcm(*(len(c) for c in self.committees))
         if period > _MOST_TURNS:
             raise ValueError(f"committees must repeat within {_MOST_TURNS} iterations, theirs take {period}")
@@ -337,7 +330,7 @@ class GroupedStep:
     def _part_prior(self, teacher: int, part: _Part) -> Priors | None:
         """The prior attention of the part's rows; None where none of them has any."""
         whole = self._priors[teacher]
-        if whole is None or len(whole.maps) == 0 or not self.config.fd2:
+        if whole is None or len(whole.maps) == 0 or not self.recipe.fd2:
             return None
         if part.rows is None:
             return whole
@@ -366,12 +359,10 @@ class GroupedStep:
         Not compiled: on a CPU torch.compile takes head and losses from 4.0 to 2.3 ms of an iteration's 388 (ResNet-18, 10
         images of 224 x 224, bf16, one thread), for half a minute of compilation.
         """
-        config, part = self.config, task.part
+        recipe, part = self.recipe, task.part
         teacher, alpha = self._fused[task.teacher], self._alphas[task.teacher]
-        assert config.r_bn is not None
-        assert config.lam is not None
-        first = config.first_bn_multiplier
-        if config.fd2:
+        first = recipe.first_bn_multiplier
+        if recipe.fd2:
             # the CAL head's own BN counts only when its branch does
             out, bn = teacher(view, part.offsets, first_bn_multiplier=first, cal_bn=alpha > 0)
             logits = out.logits
@@ -387,19 +378,19 @@ class GroupedStep:
 
         ce_backbone = cross_entropy(logits)
         ce_cal, l_f, l_s = zero, zero, zero
-        total = (1 - alpha) * ce_backbone + config.r_bn * bn
-        if config.fd2:
+        total = (1 - alpha) * ce_backbone + recipe.r_bn * bn
+        if recipe.fd2:
             ce_cal = cross_entropy(out.cal_logits)
-            prototypes = teacher.prototypes_ema if config.prototypes == "ema" else teacher.prototypes_last
-            l_f = mean(prototype_loss(out.z, prototypes, part.labels, beta=config.beta, eps=config.eps))
-            total = total + alpha * ce_cal + config.lam * l_f
+            prototypes = teacher.prototypes_ema if recipe.prototypes == "ema" else teacher.prototypes_last
+            l_f = mean(prototype_loss(out.z, prototypes, part.labels, beta=recipe.beta, eps=recipe.eps))
+            total = total + alpha * ce_cal + recipe.lam * l_f
             prior = self._prior(task, tuple(out.attention.shape[-2:]))
             if prior is not None:
                 attention = out.attention.to(self._loss_dtype)
-                l_s = mean(ops.attention_similarity_loss(attention, prior.maps, prior.offsets, eps=config.eps))
-                kept = l_s if config.ls_threshold is None else torch.where(l_s >= config.ls_threshold, l_s, zero)
-                total = total + (1 - config.lam) * kept
-            if config.keep_base_ce:
+                l_s = mean(ops.attention_similarity_loss(attention, prior.maps, prior.offsets, eps=recipe.eps))
+                kept = l_s if recipe.ls_threshold is None else torch.where(l_s >= recipe.ls_threshold, l_s, zero)
+                total = total + (1 - recipe.lam) * kept
+            if recipe.keep_base_ce:
                 total = total + ce_backbone
         return torch.stack([total, ce_backbone, ce_cal, bn, l_f, l_s], dim=1)
 
@@ -409,7 +400,6 @@ class GroupedStep:
         params: int [T, segments, 7] on the host, columns as in `iterate`, crops inside images of their phase's side;
         rates: float64 [T], None: the cosine of the settings. Raises ValueError for shapes, types or values that do not fit.
         """
-        assert self.config.lr is not None
         draws = torch.as_tensor(params)
         segments, count = len(self.offsets) - 1, len(draws) if draws.ndim else 0
         if draws.is_floating_point() or count < 1 or draws.shape != (count, segments, COLUMNS):
@@ -420,7 +410,7 @@ class GroupedStep:
             )
         if rates is None:
             angles = [math.pi * t / self.total_iterations for t in range(first, first + count)]
-            rates = torch.tensor([0.5 * (1 + math.cos(a)) * self.config.lr for a in angles], dtype=torch.float64)
+            rates = torch.tensor([0.5 * (1 + math.cos(a)) * self.recipe.lr for a in angles], dtype=torch.float64)
         rates = torch.as_tensor(rates)
         if rates.shape != (count,) or rates.dtype != torch.float64:
             raise ValueError(f"rates must be float64 [{count}], got {rates.dtype} {list(rates.shape)}")
@@ -432,9 +422,8 @@ class GroupedStep:
             self._captures.clear()
 
     def _check_draws(self, draws: Tensor, first: int) -> None:
-        assert self.config.sizes is not None
         lines = draws.numpy().astype(np.int64)
-        sizes = np.array([self.config.sizes[self._phase_of(t)] for t in range(first, first + len(lines))])[:, None]
+        sizes = np.array([self.recipe.sizes[self._phase_of(t)] for t in range(first, first + len(lines))])[:, None]
         top, left, height, width, flip = (lines[:, :, c] for c in range(5))
         outside = (top < 0) | (left < 0) | (height < 1) | (width < 1) | (top + height > sizes) | (left + width > sizes)
         bad = np.argwhere(outside | (flip < 0) | (flip > 1))
@@ -447,8 +436,7 @@ class GroupedStep:
 
     def _begin(self, phase: int) -> int:
         """First iteration of a phase."""
-        assert self.config.iterations is not None
-        return sum(self.config.iterations[:phase])
+        return sum(self.recipe.iterations[:phase])
 
     def iterate(self, draws: Tensor | None = None) -> Tensor:
         """One iteration of every segment; returns the losses before it, [segments, TERMS] on the device, no graph.
@@ -507,7 +495,7 @@ class GroupedStep:
             if task.weights is not None:
                 found = found * task.weights[:, None]
             total = found[:, 0]
-            if self.config.precision == "fp16":
+            if self.recipe.precision == "fp16":
                 total = total * self.scale.index_select(0, part.index)
             total.sum().backward()
             losses.index_add_(0, part.index, found.detach())
@@ -520,12 +508,12 @@ class GroupedStep:
     def _update(self, gradient: Tensor, rate: float | Tensor, number: int | Tensor) -> None:
         settings: dict[str, Any] = {
             "lr": rate,
-            "betas": self.config.betas,
-            "eps": self.config.adam_eps,
+            "betas": self.recipe.betas,
+            "eps": self.recipe.adam_eps,
             "low": self.low,
             "high": self.high,
         }
-        if self.config.precision != "fp16":
+        if self.recipe.precision != "fp16":
             self.gradient = gradient
             ops.adam_clamp_(self.images, gradient, self.exp_avg, self.exp_avg_sq, number, **settings)
             return
@@ -562,9 +550,8 @@ class GroupedStep:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave. Raises ValueError for images that are not of this step and phase."""
-        assert self.config.sizes is not None
         phase = int(state["phase"])
-        wanted = (len(self.initial), 3, self.config.sizes[phase], self.config.sizes[phase])
+        wanted = (len(self.initial), 3, self.recipe.sizes[phase], self.recipe.sizes[phase])
         for name in _STATE[:3]:
             if tuple(state[name].shape) != wanted:
                 raise ValueError(f"{name} of the state must be {list(wanted)}, got {list(state[name].shape)}")

@@ -190,7 +190,7 @@ def make_step(
 
 def load(step: GroupedStep) -> None:
     """The draws from the coming iteration to the end of its phase."""
-    count, jitter = step.phase_end - step.iteration, step.config.jitter
+    count, jitter = step.phase_end - step.iteration, step.recipe.jitter
     draws = iteration_table(0, [0, 1], step.iteration, count, step.size, jitter=min(jitter, step.size - 1))
     step.load_table(draws, None, step.iteration)
 
@@ -232,7 +232,7 @@ def test_a_recorded_iteration_is_the_iteration(method: str, changes: dict, monke
             found.append((finish(step), step.state()))
             if recorded:
                 assert step._captures.reason is None
-                phases, kinds = len(step.config.iterations), len(step._schedule)
+                phases, kinds = len(step.recipe.iterations), len(step._schedule)
                 assert recorder.events.count("record") == phases * kinds
                 assert recorder.events.count("replay") == step.total_iterations - phases * kinds
                 assert step.gradient is None

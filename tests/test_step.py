@@ -8,11 +8,11 @@ import torch
 from distill_tools import MEAN, OTHER, SMALL, STD, tiny_config, tiny_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fd2fast.config import DistillConfig
 from fd2fast.errors import UserError
 from fd2fast.methods import METHODS
 from fd2fast.models.fused import fuse
 from fd2fast.planner import iteration_table, make_plan
+from fd2fast.recipe import Recipe
 from fd2fast.step import TERMS, GroupedStep, Priors, check_losses, map_dtype, segment_mean_matrix
 from fd2fast.tables import DeviceTable
 
@@ -38,11 +38,11 @@ def pixels(segment: int, rows: int) -> torch.Tensor:
     return LOW.view(3, 1, 1) + unit * (HIGH - LOW).view(3, 1, 1)
 
 
-def table(config: DistillConfig, segments: list[int], iteration: int, size: int) -> torch.Tensor:
+def table(config: Recipe, segments: list[int], iteration: int, size: int) -> torch.Tensor:
     return torch.from_numpy(iteration_table(3, segments, iteration, 1, size, jitter=config.jitter)[0])
 
 
-def optimise(config: DistillConfig, teachers: list, plan, segments: list[int]) -> torch.Tensor:
+def optimise(config: Recipe, teachers: list, plan, segments: list[int]) -> torch.Tensor:
     """The images of these segments in one step; slots above 0 get made-up finished images."""
     offsets = plan.rows(segments).tolist()
     initial = torch.cat([pixels(s, b - a) for s, a, b in zip(segments, offsets, offsets[1:], strict=False)])
@@ -98,9 +98,7 @@ def test_grouped_is_alone(method: str, changes: dict) -> None:
     assert together.std() > 0.1
 
 
-def one_segment(
-    config: DistillConfig, teachers: list, dtype: torch.dtype = torch.float32, rows: int = 4
-) -> GroupedStep:
+def one_segment(config: Recipe, teachers: list, dtype: torch.dtype = torch.float32, rows: int = 4) -> GroupedStep:
     initial = pixels(0, rows).to(dtype)
     generator = torch.Generator().manual_seed(1)
     maps = [
@@ -223,7 +221,7 @@ def fused_pool(dtype: torch.dtype, precision: str) -> list:
     return [fuse(teacher, map_dtype(precision, dtype)) for teacher in teachers_of("fadrm+", dtype)]
 
 
-def several_segments(config: DistillConfig, dtype: torch.dtype = torch.float32, **settings: object) -> GroupedStep:
+def several_segments(config: Recipe, dtype: torch.dtype = torch.float32, **settings: object) -> GroupedStep:
     """Three segments of 2, 3 and 1 rows; committees that differ where the method chooses among the teachers."""
     offsets, pool = [0, 2, 5, 6], fused_pool(dtype, config.precision)
     teachers = pool if METHODS[config.method].least > 1 else pool[:1]
@@ -246,7 +244,7 @@ def several_segments(config: DistillConfig, dtype: torch.dtype = torch.float32, 
     )
 
 
-def whole_table(config: DistillConfig, segments: int) -> torch.Tensor:
+def whole_table(config: Recipe, segments: int) -> torch.Tensor:
     """The draws of every iteration, each for the side of its phase."""
     sides = [side for side, count in zip(config.sizes, config.iterations, strict=True) for _ in range(count)]
     return torch.stack([table(config, list(range(segments)), t, side) for t, side in enumerate(sides)])

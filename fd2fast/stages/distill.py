@@ -25,7 +25,7 @@ from fd2fast.errors import UserError, refuse
 from fd2fast.inputs import Draws, Inputs, image_name
 from fd2fast.lock import released_at_end
 from fd2fast.memory import StepMemory, beyond_memory, free_bytes, measure, too_small
-from fd2fast.methods import BASELINES, check_teachers, resolve
+from fd2fast.methods import BASELINES, check_teachers, filled
 from fd2fast.methods import faults as check_settings
 from fd2fast.models.convolution import Choices
 from fd2fast.models.fused import FusedTeacher, fuse
@@ -35,6 +35,7 @@ from fd2fast.models.teacher import load_teacher
 from fd2fast.models.tune import tune
 from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.planner import Plan, make_plan
+from fd2fast.recipe import Recipe, recipe_of
 from fd2fast.space import Space
 from fd2fast.step import TERMS, map_dtype
 from fd2fast.workers import Workers, current, local_count
@@ -92,9 +93,8 @@ def run(
             _select(config, stage, dataset, needed, device)
         workers.wait()
     else:
-        iterations = _optimise(
-            config, stage, dataset, teachers, needed.get("patches"), device, draws, prior_draws, workers
-        )
+        recipe, start = recipe_of(config), needed.get("patches")
+        iterations = _optimise(recipe, stage, dataset, teachers, start, device, draws, prior_draws, workers)
 
     def finish() -> Artifact:
         if workers.rank:
@@ -145,22 +145,21 @@ def faults(
         return found + data.short(config.ipc, f"{config.method} at IPC {config.ipc}")
     if config.method in BASELINES:
         return found
-    assert full.sizes is not None
-    assert full.segment_size is not None
-    sides = dict.fromkeys(full.sizes)
+    recipe = recipe_of(full)
+    sides = dict.fromkeys(recipe.sizes)
     told = [fault for model in models for side in sides for fault in _said(probe, model, len(data.classes), side)]
     if told or not models:
         return found + told
-    rows = min(full.segment_size, len(data.classes))
+    rows = min(recipe.segment_size, len(data.classes))
     kept = max(probe(model, len(data.classes), max(sides)).kept for model in models)
     # half of the maps of the narrowest type: what is surely kept, whatever a device shares or makes again
-    needed = rows * kept * {"fp64": 8, "fp32": 4, "tf32": 4}.get(full.precision, 2) // 2
+    needed = rows * kept * {"fp64": 8, "fp32": 4, "tf32": 4}.get(recipe.precision, 2) // 2
     return found + beyond_memory(f"distill {config.method}: a segment of {rows} classes", needed, config.device)
 
 
 def settled(config: DistillConfig, data: Outline) -> DistillConfig:
     """The settings as the artifact records them."""
-    return resolve(settle_precision(config), classes=len(data.classes), size=data.size, dataset=data.name)
+    return filled(settle_precision(config), classes=len(data.classes), size=data.size, dataset=data.name)
 
 
 def space(config: DistillConfig, data: Outline) -> Space:
@@ -193,7 +192,7 @@ def _begin(stage: Stage, given: dict[str, Any]) -> None:
 
 
 def _optimise(
-    config: DistillConfig,
+    recipe: Recipe,
     stage: Stage,
     dataset: Artifact,
     teachers: Sequence[Artifact],
@@ -204,38 +203,37 @@ def _optimise(
     workers: Workers,
 ) -> int:
     """Plan, run the steps, draw the overviews; the iterations done by this process."""
-    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
     loaded = [load_teacher(t, device, dtype) for t in teachers]
-    assert config.sizes is not None
     for teacher in loaded:
-        for side in sorted(set(config.sizes) - {dataset.size}):
-            must_see(teacher.name, teacher.backbone, side, native=dataset.size, whose=f"{config.method} uses")
+        for side in sorted(set(recipe.sizes) - {dataset.size}):
+            must_see(teacher.name, teacher.backbone, side, native=dataset.size, whose=f"{recipe.method} uses")
 
     choices = Choices()
 
     @functools.cache
     def fused() -> list[FusedTeacher]:
-        made = [fuse(teacher, map_dtype(config.precision, dtype)) for teacher in loaded]
+        made = [fuse(teacher, map_dtype(recipe.precision, dtype)) for teacher in loaded]
         for teacher in made:
             if teacher.fallbacks:
                 logger.info("teacher %s: with ordinary autograd: %s", teacher.name, ", ".join(teacher.fallbacks))
             teacher.choose_by(choices)
         return made
 
-    with repeatable(allow_tf32=config.precision == "tf32"):
+    with repeatable(allow_tf32=recipe.precision == "tf32"):
         plan, memory = _plan(
-            config,
+            recipe,
             len(dataset.classes),
             device,
             stage.state / "plan.json",
-            lambda: measure(config, fused(), device),
+            lambda: measure(recipe, fused(), device),
             workers,
         )
-        choices.take(_convolutions(config, plan, stage.state / "convolutions.json", fused, workers))
+        choices.take(_convolutions(recipe, plan, stage.state / "convolutions.json", fused, workers))
         inputs = Inputs(
-            config, plan, dataset, patches, loaded, stage.path, device, draws=draws, prior_draws=prior_draws
+            recipe, plan, dataset, patches, loaded, stage.path, device, draws=draws, prior_draws=prior_draws
         )
-        engine = Engine(config, stage, inputs, fused, memory, workers)
+        engine = Engine(recipe, stage, inputs, fused, memory, workers)
         iterations = engine.run()
         if workers.rank == 0:
             _write_overviews(engine, stage.path, choices.chosen)
@@ -324,7 +322,7 @@ def _select(
 
 
 def _plan(
-    config: DistillConfig,
+    recipe: Recipe,
     classes: int,
     device: torch.device,
     recorded: Path,
@@ -338,22 +336,21 @@ def _plan(
         if recorded.is_file():
             memory = StepMemory(**read_json(known)) if known.is_file() else None
             return Plan.from_json(read_json(recorded)), memory
-        assert config.segment_size is not None
         memory = measured()
-        limit = free_bytes(device) if config.memory_limit is None else int(config.memory_limit * 1e9)
+        limit = free_bytes(device) if recipe.memory_limit is None else int(recipe.memory_limit * 1e9)
         if device.type == "cpu":
             limit //= local_count()
-        rows = min(config.segment_size, classes)
+        rows = min(recipe.segment_size, classes)
         if memory.of(rows) > limit:
-            raise too_small(memory, rows, limit, config.precision)
+            raise too_small(memory, rows, limit, recipe.precision)
         wanted = functools.partial(
             make_plan,
             classes,
-            config.ipc,
-            group_size=config.group_size if config.fd2 else 1,
-            segment_size=config.segment_size,
-            segments_per_step=config.segments_per_step or "max",
-            max_rows_per_step=None if config.segments_per_step else max(rows, _FAST_ROWS[device.type]),
+            recipe.ipc,
+            group_size=recipe.group_size if recipe.fd2 else 1,
+            segment_size=recipe.segment_size,
+            segments_per_step=recipe.segments_per_step or "max",
+            max_rows_per_step=None if recipe.segments_per_step else max(rows, _FAST_ROWS[device.type]),
         )
         plan = wanted()
         most = max(int(plan.rows(step.segments)[-1]) for step in plan.steps())
@@ -370,7 +367,7 @@ def _plan(
 
 
 def _convolutions(
-    config: DistillConfig,
+    recipe: Recipe,
     plan: Plan,
     recorded: Path,
     fused: Callable[[], Sequence[FusedTeacher]],
@@ -382,9 +379,8 @@ def _convolutions(
         if recorded.is_file():
             known = read_json(recorded)
             return {str(kind): str(name) for kind, name in known.items()}
-        assert config.sizes is not None
         rows = max(int(plan.rows(step.segments)[-1]) for step in plan.steps())
-        chosen = dict(tune(fused(), rows, config.sizes).chosen)
+        chosen = dict(tune(fused(), rows, recipe.sizes).chosen)
         write_json(recorded, chosen)
         return chosen
 
@@ -411,7 +407,7 @@ def _write_overviews(engine: Engine, path: Path, convolutions: Mapping[str, str]
     segments_in_order = {str(s): found[s] for s in sorted(found)}
     losses = {"mean_over_iterations_up_to": True, "terms": list(TERMS), "segments": segments_in_order}
     write_json(path / "losses.json", losses)
-    picture(path / "losses.png", lambda: _losses(list(segments_in_order.values()), engine.config))
+    picture(path / "losses.png", lambda: _losses(list(segments_in_order.values()), engine.recipe))
     picture(path / "grid.png", lambda: _grid(engine.inputs))
 
 
@@ -419,7 +415,7 @@ def _grid(inputs: Inputs) -> bytes:
     """One row per class: the initial image of id 0, then the distilled images."""
     dataset = inputs.dataset
     classes = min(_GRID_CLASSES, len(dataset.classes))
-    ids = min(_GRID_IDS, inputs.config.ipc)
+    ids = min(_GRID_IDS, inputs.recipe.ipc)
     blocks = -(-classes // inputs.plan.segment_size)
     initial = torch.cat([inputs.initial_images(block) for block in range(blocks)])[:classes]
     first = quantize(initial, dataset.mean, dataset.std, "round")
@@ -432,7 +428,7 @@ def _grid(inputs: Inputs) -> bytes:
 
 
 @plotting()
-def _losses(segments: Sequence[dict[str, Any]], config: DistillConfig) -> bytes:
+def _losses(segments: Sequence[dict[str, Any]], recipe: Recipe) -> bytes:
     """Each loss term over the iterations: mean of all segments and the range between them."""
     shown = [t for t in TERMS if any(any(s[t]) for s in segments)]
     drawn = figure(3.2 * max(1, len(shown)), 2.6, layout="constrained")
@@ -444,5 +440,5 @@ def _losses(segments: Sequence[dict[str, Any]], config: DistillConfig) -> bytes:
         axes.plot(used[0]["iterations"], values.mean(0))
         axes.set_title(term)
         axes.set_xlabel("iteration")
-    drawn.suptitle(f"{config.method}: {len(segments)} segments, mean and range")
+    drawn.suptitle(f"{recipe.method}: {len(segments)} segments, mean and range")
     return png(drawn, 90)
