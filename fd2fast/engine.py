@@ -23,7 +23,7 @@ from fd2fast.memory import StepMemory, free_bytes, is_out_of_memory, too_small
 from fd2fast.models.fused import FusedTeacher
 from fd2fast.progress import Progress
 from fd2fast.recipe import Recipe
-from fd2fast.step import TERMS, GroupedStep, check_losses
+from fd2fast.step import GroupedStep, check_losses
 from fd2fast.workers import Workers
 from fd2fast.writer import Writer, to_host
 
@@ -137,8 +137,8 @@ class Engine:
         step, log, failure, self._shown = None, None, "", 0
         try:
             step = self._begin(part)
-            zeros = torch.zeros(len(part.segments), len(TERMS), dtype=self.inputs.dtype, device=self.device)
-            log = _Log(part.segments, self.every, zeros)
+            shape = (len(part.segments), len(step.columns))
+            log = _Log(part.segments, self.every, torch.zeros(shape, dtype=self.inputs.dtype, device=self.device))
             if part.state is not None:
                 step.load_state(part.state["optimiser"])
                 log.load_state(part.state["log"])
@@ -208,7 +208,7 @@ class Engine:
                     means = log.add(step.iterate(), iteration, step.finished)
                     self.done += 1
                     if means is not None:
-                        named = {n: v for n, v in zip(TERMS, means, strict=True) if v or n == "total"}
+                        named = {n: v for n, v in zip(step.columns, means, strict=True) if v or n == "total"}
                         self._show(part, iteration + 1, since=self._shown, **named)
                     if watch is not None:
                         watch.look()
@@ -294,7 +294,7 @@ class _Log:
     """Losses of one part: means over the iterations since the line before, read from the device when they are there."""
 
     def __init__(self, segments: Sequence[int], every: int, zeros: Tensor):
-        """zeros: [segments, TERMS] on the device."""
+        """zeros: [segments, columns of the losses] on the device."""
         self.segments, self.every, self.total = list(segments), every, zeros
         self.count = 0
         self._lines: list[tuple[int, list[list[float]]]] = []

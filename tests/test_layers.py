@@ -47,9 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "pool": {"errors", "streams", "threads"},
     "student": BASE | {"artifacts", "data", "device", "models", "seeding", "threads"},
     "methods": BASE | {"ranges", "recipe"},
-    "capture": BASE,
-    "tables": BASE,
-    "step": BASE | {"ops", "models", "planner", "device", "capture", "recipe", "tables"},
+    "step": BASE | {"methods", "models", "ops", "recipe"},
     "memory": BASE | {"causes", "device", "limits", "models", "recipe", "step"},
     "inputs": BASE | {"artifacts", "data", "models", "ops", "planner", "recipe", "seeding", "step"},
     "engine": BASE

@@ -3,12 +3,16 @@
 import importlib
 import pkgutil
 
+from fd2fast.methods.fd2 import with_fd2
+from fd2fast.methods.losses import HEAD, TERMS, Outputs, Term
 from fd2fast.methods.method import Method, Selection
 from fd2fast.methods.registry import (
     BASELINES,
     METHODS,
     check_name,
+    columns_of,
     known_names,
+    losses_of,
     method_of,
     patch_factor,
     register_method,
@@ -31,18 +35,24 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "BASELINES",
+    "HEAD",
     "MAY_STAY_OPEN",
     "METHODS",
     "SEMANTICS",
     "Method",
+    "Outputs",
     "Recipe",
     "Selection",
+    "TERMS",
+    "Term",
     "check_name",
     "check_teachers",
+    "columns_of",
     "default_jitter",
     "faults",
     "filled",
     "known_names",
+    "losses_of",
     "method_of",
     "patch_factor",
     "preset",
@@ -50,4 +60,5 @@ __all__ = [
     "resolve",
     "scaled_size",
     "takes_committee",
+    "with_fd2",
 ]

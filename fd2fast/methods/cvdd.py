@@ -1,6 +1,7 @@
 """CV-DD: two teachers for each image, their losses weighted by their accuracy."""
 
-from fd2fast.methods.method import Method, with_fd2
+from fd2fast.methods.fd2 import with_fd2
+from fd2fast.methods.method import Method
 from fd2fast.methods.registry import register_method
 
 FIELDS = {

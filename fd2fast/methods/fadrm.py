@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from fd2fast.methods.method import Method, with_fd2
+from fd2fast.methods.fd2 import with_fd2
+from fd2fast.methods.method import Method
 from fd2fast.methods.registry import register_method
 
 FIELDS = {

@@ -1,4 +1,4 @@
-"""What a method is made of: teachers, initial patches and the settings that it fills in."""
+"""What a method is made of: teachers, loss terms, initial patches and the settings that it fills in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fd2fast.config import DistillConfig
+from fd2fast.methods.losses import BN_MATCHING, CROSS_ENTROPY, Term
 
 Settings = Mapping[str, Any]
 
@@ -31,6 +32,8 @@ class Method:
     least: int = 1
     # Most teachers; None: any number.
     most: int | None = 1
+    # What a segment's loss is the sum of; FD2's terms follow where the recipe has them.
+    losses: tuple[Term, ...] = (CROSS_ENTROPY, BN_MATCHING)
     # Cells along one side of the patches it starts from; None: it starts from none.
     patch_factor: int | None = 2
     # Settings of the published code for one data set, by its name.
@@ -62,8 +65,3 @@ class Selection:
     summary: str
     # Cells along one side of the patches it picks from; None: it picks from the training images.
     patch_factor: int | None = None
-
-
-def with_fd2(method: Method) -> Method:
-    """The same with FD2's constraints and classification loss on top."""
-    return dataclasses.replace(method, summary=f"{method.summary}, with FD2", fields={**method.fields, "fd2": True})

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from fd2fast.errors import UserError, nearest
+from fd2fast.methods import fd2
+from fd2fast.methods.losses import TERMS, Term
 from fd2fast.methods.method import Method, Selection
+from fd2fast.recipe import Recipe
 
 # Methods that optimise images.
 METHODS: dict[str, Method] = {}
@@ -40,6 +43,17 @@ def method_of(name: str) -> Method:
     if name not in METHODS:
         raise UserError(f"method {name!r} selects images, it does not optimise them")
     return METHODS[name]
+
+
+def losses_of(recipe: Recipe) -> tuple[Term, ...]:
+    """The terms of the recipe's method, and FD2's where it has them."""
+    return (*method_of(recipe.method).losses, *fd2.terms_of(recipe))
+
+
+def columns_of(recipe: Recipe) -> tuple[str, ...]:
+    """Of the recorded losses: those that all methods have, then the method's further terms."""
+    names = dict.fromkeys(term.name for term in losses_of(recipe))
+    return (*TERMS, *(name for name in names if name not in TERMS))
 
 
 def takes_committee(name: str) -> bool:

@@ -1,6 +1,7 @@
 """SRe2L++: one teacher, cross entropy and BN matching from 2 x 2 patches (SRe2L with CV-DD's real initialisation)."""
 
-from fd2fast.methods.method import Method, with_fd2
+from fd2fast.methods.fd2 import with_fd2
+from fd2fast.methods.method import Method
 from fd2fast.methods.registry import register_method
 
 FIELDS = {"init": "patches", "sizes": (224,), "residual": 1.0, "teacher_schedule": "all", "augment": True}

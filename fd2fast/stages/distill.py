@@ -25,7 +25,7 @@ from fd2fast.errors import UserError, refuse
 from fd2fast.inputs import Draws, Inputs, image_name
 from fd2fast.lock import released_at_end
 from fd2fast.memory import StepMemory, beyond_memory, free_bytes, measure, too_small
-from fd2fast.methods import BASELINES, check_teachers, filled
+from fd2fast.methods import BASELINES, check_teachers, columns_of, filled
 from fd2fast.methods import faults as check_settings
 from fd2fast.models.convolution import Choices
 from fd2fast.models.fused import FusedTeacher, fuse
@@ -37,7 +37,7 @@ from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.planner import Plan, make_plan
 from fd2fast.recipe import Recipe, recipe_of
 from fd2fast.space import Space
-from fd2fast.step import TERMS, map_dtype
+from fd2fast.step import map_dtype
 from fd2fast.workers import Workers, current, local_count
 
 logger = logging.getLogger("fd2fast")
@@ -389,7 +389,7 @@ def _convolutions(
 
 def _write_overviews(engine: Engine, path: Path, convolutions: Mapping[str, str]) -> None:
     """plan.json with the steps and algorithms as they were run, the losses with their picture, and the picture of the images."""
-    plan = engine.plan
+    plan, columns = engine.plan, columns_of(engine.recipe)
     found: dict[int, dict[str, Any]] = {}
     steps: list[list[int]] = []
     for record in engine.records():
@@ -401,11 +401,11 @@ def _write_overviews(engine: Engine, path: Path, convolutions: Mapping[str, str]
                 "image_id": int(plan.image_id[segment]),
                 "slot": int(plan.slot[segment]),
                 "iterations": [iteration for iteration, _ in lines],
-                **{term: [rows[position][t] for _, rows in lines] for t, term in enumerate(TERMS)},
+                **{term: [rows[position][t] for _, rows in lines] for t, term in enumerate(columns)},
             }
     write_json(path / "plan.json", {**plan.to_json(), "steps": steps, "convolutions": dict(convolutions)})
     segments_in_order = {str(s): found[s] for s in sorted(found)}
-    losses = {"mean_over_iterations_up_to": True, "terms": list(TERMS), "segments": segments_in_order}
+    losses = {"mean_over_iterations_up_to": True, "terms": list(columns), "segments": segments_in_order}
     write_json(path / "losses.json", losses)
     picture(path / "losses.png", lambda: _losses(list(segments_in_order.values()), engine.recipe))
     picture(path / "grid.png", lambda: _grid(engine.inputs))
@@ -430,7 +430,7 @@ def _grid(inputs: Inputs) -> bytes:
 @plotting()
 def _losses(segments: Sequence[dict[str, Any]], recipe: Recipe) -> bytes:
     """Each loss term over the iterations: mean of all segments and the range between them."""
-    shown = [t for t in TERMS if any(any(s[t]) for s in segments)]
+    shown = [t for t in columns_of(recipe) if any(any(s[t]) for s in segments)]
     drawn = figure(3.2 * max(1, len(shown)), 2.6, layout="constrained")
     for column, term in enumerate(shown):
         used = [s for s in segments if term != "l_s" or any(s[term])]
