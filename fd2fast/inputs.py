@@ -17,8 +17,9 @@ from fd2fast.artifacts import Artifact
 from fd2fast.data.pixels import normalise, read_image
 from fd2fast.data.store import ImageSet, load_split
 from fd2fast.errors import UserError
+from fd2fast.methods import method_of
 from fd2fast.models.teacher import Teacher
-from fd2fast.planner import COLUMNS, Plan, TableStream, iteration_table
+from fd2fast.planner import COLUMNS, Plan, TableStream, cosine_rates, iteration_table
 from fd2fast.recipe import Recipe
 from fd2fast.seeding import derive, generator, numpy_generator
 from fd2fast.step import Priors
@@ -147,6 +148,9 @@ class Inputs:
             for begin in range(0, len(given), _CHUNK):
                 yield Table(first + begin, torch.from_numpy(given[begin : begin + _CHUNK]), None)
             return
+        if method_of(self.recipe.method).smallest_crop is not None:
+            yield from self._tables_of_changing_crops(segments, first, end, size)
+            return
         stream = TableStream(
             self.recipe.seed,
             segments,
@@ -164,6 +168,27 @@ class Inputs:
             for params, rates in stream:
                 yield Table(first, torch.from_numpy(params), torch.from_numpy(rates))
                 first += len(params)
+
+    def _tables_of_changing_crops(self, segments: Sequence[int], first: int, end: int, size: int) -> Iterator[Table]:
+        """`tables` where the method's smallest crop is a function of the iteration."""
+        recipe, smallest_crop = self.recipe, method_of(self.recipe.method).smallest_crop
+        jitter, total = min(recipe.jitter, size - 1), recipe.total_iterations
+        for begin in range(first, end, _CHUNK):
+            params = [
+                iteration_table(
+                    recipe.seed,
+                    segments,
+                    iteration,
+                    1,
+                    size,
+                    jitter=jitter,
+                    augment=recipe.augment,
+                    scale=(recipe.min_crop if smallest_crop is None else smallest_crop(recipe, iteration), 1.0),
+                )
+                for iteration in range(begin, min(begin + _CHUNK, end))
+            ]
+            rates = cosine_rates(recipe.lr, begin, len(params), total)
+            yield Table(begin, torch.from_numpy(np.concatenate(params)), torch.from_numpy(rates))
 
     def priors(self, segments: Sequence[int]) -> list[Priors | None]:
         """Per teacher: attention of the finished images of each row's class and group, read back from their files."""

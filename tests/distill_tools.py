@@ -86,5 +86,11 @@ def make_patches(path: Path, dataset: Artifact, per_class: int = 3) -> Artifact:
     return _finish_like(stage, dataset, {"factor": 1, "per_class": per_class})
 
 
+def saved_pixels(images: torch.Tensor) -> np.ndarray:
+    """Normalised images [n, 3, S, S] as `paper` saves them: uint8, rounded."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+    return ((images.double() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+
 def _finish_like(stage: Stage, dataset: Artifact, facts: dict[str, object]) -> Artifact:
     return stage.finish(classes=dataset.classes, size=dataset.size, mean=dataset.mean, std=dataset.std, facts=facts)

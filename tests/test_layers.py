@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": BASE | {"ranges", "recipe"},
     "step": BASE | {"methods", "models", "ops", "recipe"},
     "memory": BASE | {"causes", "device", "limits", "models", "recipe", "step"},
-    "inputs": BASE | {"artifacts", "data", "models", "ops", "planner", "recipe", "seeding", "step"},
+    "inputs": BASE | {"artifacts", "data", "methods", "models", "ops", "planner", "recipe", "seeding", "step"},
     "engine": BASE
     | {"artifacts", "data", "inputs", "memory", "models", "progress", "recipe", "step", "threads", "workers", "writer"},
     "baselines": BASE | {"artifacts", "data", "models", "device", "seeding", "progress"},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fd2fast.config import DistillConfig
 from fd2fast.methods.losses import BN_MATCHING, CROSS_ENTROPY, Term
+from fd2fast.recipe import Recipe
 
 Settings = Mapping[str, Any]
 
@@ -36,6 +37,8 @@ class Method:
     losses: tuple[Term, ...] = (CROSS_ENTROPY, BN_MATCHING)
     # Cells along one side of the patches it starts from; None: it starts from none.
     patch_factor: int | None = 2
+    # Smallest area share of the crop of an iteration; None: the recipe's `min_crop` in all of them.
+    smallest_crop: Callable[[Recipe, int], float] | None = None
     # Settings of the published code for one data set, by its name.
     released_on: Mapping[str, Settings] = field(default_factory=dict)
 
