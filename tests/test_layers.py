@@ -92,6 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         "data",
         "failure",
         "info",
+        "methods",
         "paths",
         "pipeline",
         "presets",
