@@ -84,14 +84,18 @@ class Inputs:
                 raise UserError(f"draws[{segment}] must be int {list(wanted)}, got {shape}")
 
     def classes_of(self, segment: int) -> range:
-        """The segment's classes, one a row."""
+        """The segment's classes."""
         return range(int(self.plan.first_class[segment]), int(self.plan.end_class[segment]))
+
+    def cells(self, segment: int) -> list[tuple[int, int]]:
+        """Class and image id of each row of a segment."""
+        labels, image_ids = self.plan.labels([segment]), self.plan.image_ids([segment])
+        return [(int(label), int(image_id)) for label, image_id in zip(labels, image_ids, strict=True)]
 
     def files(self, segments: Sequence[int]) -> Iterator[Path]:
         """The distilled image of each row of these segments."""
         for segment in segments:
-            image_id = int(self.plan.image_id[segment])
-            for label in self.classes_of(segment):
+            for label, image_id in self.cells(segment):
                 yield self.folder / image_name(label, image_id, self.extension)
 
     def committee(self, image_id: int) -> list[int]:
@@ -104,29 +108,31 @@ class Inputs:
 
     def initial_images(self, segment: int) -> Tensor:
         """Normalised initial images [n, 3, S, S] of a segment on the host, a function of (seed, class, image id)."""
-        image_id = int(self.plan.image_id[segment])
-        labels = self.classes_of(segment)
+        cells = self.cells(segment)
         size, seed = self.dataset.size, self.recipe.seed
         if self.recipe.init == "noise":
-            shape = (len(labels), 3, size, size)
+            shape = (len(cells), 3, size, size)
             return torch.randn(shape, generator=generator(seed, "noise", segment)).to(self.dtype)
-        if self.recipe.init == "real":
-            assert self.train is not None
+        if self.train is not None:
             picked = []
-            for label in labels:
+            for label, image_id in cells:
                 indices = self.train.of_class(label)
                 order = numpy_generator(seed, "real", label).permutation(len(indices))
                 picked.append(int(indices[order[image_id % len(order)]]))
             pixels = self.train.pixels(picked)
         else:
-            assert self.patches is not None
-            chosen = np.full(len(self.dataset.classes), image_id)
-            if self.recipe.patch_choice == "random":
-                held = int(self.patches.facts["per_class"])
-                chosen = numpy_generator(seed, "patch", image_id).integers(held, size=len(chosen))
-            names = [f"images/{k:05d}/class{k:05d}_id{int(chosen[k]):05d}.png" for k in labels]
-            pixels = self.read([self.patches.file(name) for name in names])
+            pixels = self.read([self._patch(label, image_id) for label, image_id in cells])
         return normalise(pixels, self.dataset.mean, self.dataset.std, self.dtype)
+
+    def _patch(self, label: int, image_id: int) -> Path:
+        """The file that an image starts from: its own id's, or one drawn at random (released)."""
+        if self.patches is None:
+            raise ValueError("initial images from patches need patches")
+        if self.recipe.patch_choice == "random":
+            count = int(self.patches.facts["per_class"])
+            rng = numpy_generator(self.recipe.seed, "patch", image_id)
+            image_id = int(rng.integers(count, size=len(self.dataset.classes))[label])
+        return self.patches.file(f"images/{label:05d}/class{label:05d}_id{image_id:05d}.png")
 
     def read(self, paths: Sequence[Path]) -> Tensor:
         """uint8 [n, 3, S, S]; UserError names a file that is damaged or of another size."""

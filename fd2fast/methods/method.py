@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fd2fast.config import DistillConfig
 from fd2fast.methods.losses import BN_MATCHING, CROSS_ENTROPY, Term
@@ -39,6 +39,8 @@ class Method:
     patch_factor: int | None = 2
     # Smallest area share of the crop of an iteration; None: the recipe's `min_crop` in all of them.
     smallest_crop: Callable[[Recipe, int], float] | None = None
+    # Which images share BN statistics: one of each class of a block, or the images of one class.
+    layout: Literal["across", "within"] = "across"
     # Settings of the published code for one data set, by its name.
     released_on: Mapping[str, Settings] = field(default_factory=dict)
 

@@ -71,7 +71,8 @@ def resolve(config: DistillConfig, *, classes: int, size: int, dataset: str | No
     if config.iterations is not None and config.sizes is None:
         values["iterations"] = _shared_out(config.iterations, len(values["sizes"]))
         config = replace(config, iterations=None)
-    values["segment_size"] = min(100, classes)
+    within = method_of(config.method).layout == "within"
+    values["segment_size"] = config.ipc if within else min(100, classes)
     values["jitter"] = default_jitter(size)
     recipe = recipe_of(_with(config, values))
     _check_shapes(recipe, classes, size)
@@ -158,7 +159,16 @@ def _check_shapes(recipe: Recipe, classes: int, size: int) -> None:
         )
     if recipe.sizes[-1] != size:
         raise UserError(f"sizes must end with the side of the data set's images, {size}, got {recipe.sizes}")
-    if recipe.segment_size > classes:
+    if method_of(recipe.method).layout == "within":
+        if recipe.fd2:
+            raise UserError(
+                f"{recipe.method!r} optimises the images of a class together, which FD2's L_S cannot keep apart"
+            )
+        if recipe.segment_size > recipe.ipc:
+            raise UserError(
+                f"segment_size must be at most the {recipe.ipc} images of a class, got {recipe.segment_size}"
+            )
+    elif recipe.segment_size > classes:
         raise UserError(
             f"segment_size must be at most the {classes} classes of the data set, got {recipe.segment_size}"
         )

@@ -25,7 +25,7 @@ from fd2fast.errors import UserError, refuse
 from fd2fast.inputs import Draws, Inputs, image_name
 from fd2fast.lock import released_at_end
 from fd2fast.memory import StepMemory, beyond_memory, free_bytes, measure, too_small
-from fd2fast.methods import BASELINES, check_teachers, columns_of, filled
+from fd2fast.methods import BASELINES, check_teachers, columns_of, filled, method_of
 from fd2fast.methods import faults as check_settings
 from fd2fast.models.convolution import Choices
 from fd2fast.models.fused import FusedTeacher, fuse
@@ -150,11 +150,11 @@ def faults(
     told = [fault for model in models for side in sides for fault in _said(probe, model, len(data.classes), side)]
     if told or not models:
         return found + told
-    rows = min(recipe.segment_size, len(data.classes))
+    rows = recipe.segment_size
     kept = max(probe(model, len(data.classes), max(sides)).kept for model in models)
     # half of the maps of the narrowest type: what is surely kept, whatever a device shares or makes again
     needed = rows * kept * {"fp64": 8, "fp32": 4, "tf32": 4}.get(recipe.precision, 2) // 2
-    return found + beyond_memory(f"distill {config.method}: a segment of {rows} classes", needed, config.device)
+    return found + beyond_memory(f"distill {config.method}: a segment of {rows} images", needed, config.device)
 
 
 def settled(config: DistillConfig, data: Outline) -> DistillConfig:
@@ -340,7 +340,7 @@ def _plan(
         limit = free_bytes(device) if recipe.memory_limit is None else int(recipe.memory_limit * 1e9)
         if device.type == "cpu":
             limit //= local_count()
-        rows = min(recipe.segment_size, classes)
+        rows = recipe.segment_size
         if memory.of(rows) > limit:
             raise too_small(memory, rows, limit, recipe.precision)
         wanted = functools.partial(
@@ -349,6 +349,7 @@ def _plan(
             recipe.ipc,
             group_size=recipe.group_size if recipe.fd2 else 1,
             segment_size=recipe.segment_size,
+            layout=method_of(recipe.method).layout,
             segments_per_step=recipe.segments_per_step or "max",
             max_rows_per_step=None if recipe.segments_per_step else max(rows, _FAST_ROWS[device.type]),
         )
@@ -398,7 +399,7 @@ def _write_overviews(engine: Engine, path: Path, convolutions: Mapping[str, str]
         for position, segment in enumerate(segments):
             found[segment] = {
                 "classes": [int(plan.first_class[segment]), int(plan.end_class[segment])],
-                "image_id": int(plan.image_id[segment]),
+                **_images_of(plan, segment),
                 "slot": int(plan.slot[segment]),
                 "iterations": [iteration for iteration, _ in lines],
                 **{term: [rows[position][t] for _, rows in lines] for t, term in enumerate(columns)},
@@ -411,14 +412,23 @@ def _write_overviews(engine: Engine, path: Path, convolutions: Mapping[str, str]
     picture(path / "grid.png", lambda: _grid(engine.inputs))
 
 
+def _images_of(plan: Plan, segment: int) -> dict[str, Any]:
+    """The segment's image id, or its first and the one after its last."""
+    first = int(plan.image_id[segment])
+    return {"image_id": first} if plan.layout == "across" else {"image_ids": [first, int(plan.end_image[segment])]}
+
+
 def _grid(inputs: Inputs) -> bytes:
     """One row per class: the initial image of id 0, then the distilled images."""
     dataset = inputs.dataset
     classes = min(_GRID_CLASSES, len(dataset.classes))
     ids = min(_GRID_IDS, inputs.recipe.ipc)
-    blocks = -(-classes // inputs.plan.segment_size)
-    initial = torch.cat([inputs.initial_images(block) for block in range(blocks)])[:classes]
-    first = quantize(initial, dataset.mean, dataset.std, "round")
+    initial: dict[int, Tensor] = {}
+    for segment in np.flatnonzero((inputs.plan.image_id == 0) & (inputs.plan.first_class < classes)):
+        for (label, image_id), image in zip(inputs.cells(segment), inputs.initial_images(segment), strict=True):
+            if image_id == 0:
+                initial[label] = image
+    first = quantize(torch.stack([initial[k] for k in range(classes)]), dataset.mean, dataset.std, "round")
     cells: list[Tensor] = []
     for label in range(classes):
         cells.append(first[label])
