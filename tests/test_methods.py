@@ -1,7 +1,9 @@
 """Methods: what the presets fill in, and what is refused."""
 
 import dataclasses
+import re
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -11,11 +13,13 @@ from fd2fast.methods import (
     BASELINES,
     MAY_STAY_OPEN,
     METHODS,
+    TERMS,
     Method,
     Recipe,
     Selection,
     check_name,
     check_teachers,
+    columns_of,
     default_jitter,
     filled,
     method_of,
@@ -100,6 +104,17 @@ def test_one_number_of_iterations_is_the_whole_budget() -> None:
     assert recipe("fadrm+", iterations=(402,), sizes=(224,)).iterations == (402,)
     with pytest.raises(UserError, match="at least 4"):
         recipe("fadrm+", iterations=(3,))
+
+
+def test_the_readmes_own_method_is_a_method() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "register_method" in code]
+    try:
+        exec(snippet, {})
+        assert columns_of(recipe("sre2l++_smooth")) == (*TERMS, "smooth")
+        assert recipe("sre2l++_smooth").lr == recipe("sre2l++").lr
+    finally:
+        METHODS.pop("sre2l++_smooth", None)
 
 
 def test_baselines_need_no_presets() -> None:
