@@ -424,7 +424,8 @@ def _grid(inputs: Inputs) -> bytes:
     classes = min(_GRID_CLASSES, len(dataset.classes))
     ids = min(_GRID_IDS, inputs.recipe.ipc)
     initial: dict[int, Tensor] = {}
-    for segment in np.flatnonzero((inputs.plan.image_id == 0) & (inputs.plan.first_class < classes)):
+    shown = (inputs.plan.image_id == 0) & (inputs.plan.first_class < classes)
+    for segment in np.flatnonzero(shown).tolist():
         for (label, image_id), image in zip(inputs.cells(segment), inputs.initial_images(segment), strict=True):
             if image_id == 0:
                 initial[label] = image
