@@ -16,6 +16,7 @@ from fd2fast.methods import METHODS, check_name, resolve
 from fd2fast.models.backbone import build_backbone
 from fd2fast.models.teacher import Teacher
 from fd2fast.planner import iteration_table
+from fd2fast.recipe import Recipe
 
 MEAN, STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
 # App. Table 3, CUB-200-2011
@@ -29,7 +30,7 @@ PAPER_METHODS = ("sre2l++", "sre2l++_fd2", "fadrm+", "fadrm+_fd2")
 class Case:
     """One method on one segment: what every implementation is given."""
 
-    config: DistillConfig
+    config: Recipe
     teachers: list[Teacher]
     initial: Tensor
     labels: Tensor
@@ -114,7 +115,6 @@ def make_case(
             for teacher in teachers:
                 found = teacher(initial.flip(0)).attention
                 maps.append((found[:, None] * torch.rand(1, priors, 1, 1, 1, device=device)).contiguous())
-    assert config.jitter is not None
     draws = torch.from_numpy(iteration_table(0, [0], 0, 64, size, jitter=config.jitter))
     labels = (torch.arange(rows) % classes).to(device)
     return Case(config, list(teachers), initial, labels, maps, low, high, draws)

@@ -27,7 +27,6 @@ class Plain:
     def __init__(self, case: Case):
         self.case = case
         self.images = case.initial.clone().requires_grad_()
-        assert case.config.lr is not None
         self.optimizer = torch.optim.Adam([self.images], case.config.lr, case.config.betas, case.config.adam_eps)
         none = case.initial.new_zeros(0, 1, 1, 1)
         self.priors = [list(p) for p in case.priors] or [[none] * case.rows] * len(case.teachers)
@@ -137,7 +136,6 @@ class Rival:
 
     def __init__(self, case: Case, losses: Losses, *, graph: bool = False):
         config, device = case.config, case.initial.device
-        assert config.lr is not None
         self.case, self.losses = case, losses
         self.images = case.initial.clone().to(memory_format=losses.layout).requires_grad_()
         on_gpu = device.type == "cuda"

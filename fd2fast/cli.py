@@ -162,6 +162,8 @@ def run(arguments: Sequence[str]) -> None:
 
     fd2fast run --preset cub --data.root ~/CUB_200_2011 --dry-run
 
+    {{methods}}
+
     --quick gives a first table of the same rows: half of the teachers' epochs, a third of the iterations, label epochs and
     student epochs, one student each, in a folder of its own (runs/typefaces-quick).
 
@@ -287,8 +289,20 @@ def _parse(function: Callable[..., None], arguments: Sequence[str], name: str) -
 
         function(*map(whole, values), **{key: whole(value) for key, value in named.items()})
 
+    if "{methods}" in (function.__doc__ or ""):
+        checked.__doc__ = (function.__doc__ or "").replace("{methods}", _methods())
     with registry:
         tyro.cli(checked, args=list(arguments), prog=f"fd2fast {name}")
+
+
+def _methods() -> str:
+    """The registered methods in one paragraph of help."""
+    from fd2fast.methods import BASELINES, METHODS
+
+    optimising, selecting = (
+        "; ".join(f"{name}: {method.summary}" for name, method in table.items()) for table in (METHODS, BASELINES)
+    )
+    return f"Methods. {optimising}. Selection of real images. {selecting}."
 
 
 def _simple(function: Callable[..., None], name: str) -> Callable[[Sequence[str]], None]:

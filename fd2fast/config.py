@@ -146,15 +146,16 @@ class PatchesConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Optimise the synthetic images. `method` and `semantics` fill every field that is None (see fd2fast/methods.py)."""
+    """Optimise the synthetic images. `method` and `semantics` fill every field that is None (see fd2fast/methods)."""
 
-    # sre2l++, fadrm, fadrm+, cvdd, each with _fd2 for FD2 on top; or a baseline: random, herding, kcenter, rded.
+    # How the images are made: one of the methods listed above.
     method: str = "sre2l++_fd2"
     # paper: as the paper describes FD2. released: as the published code computes it.
     semantics: str = "paper"
     # Images per class.
     ipc: int = 1
-    # Classes optimised as one batch, whose BN statistics are matched together; None: 100, or all when there are fewer.
+    # Classes optimised as one batch, whose BN statistics are matched together; None: 100, or all when there are fewer. Of methods
+    # that match within a class: images of that class; None: all.
     segment_size: int | None = None
     # Most segments in one step; None: what memory and speed allow. The plan is recorded, because rounding depends on it.
     segments_per_step: int | None = None

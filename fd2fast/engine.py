@@ -17,13 +17,13 @@ from torch import Tensor
 
 from fd2fast import threads
 from fd2fast.artifacts import Stage, read_json, write_json
-from fd2fast.config import DistillConfig
 from fd2fast.data.pixels import bounds, quantize, save_image
 from fd2fast.inputs import Inputs
 from fd2fast.memory import StepMemory, free_bytes, is_out_of_memory, too_small
 from fd2fast.models.fused import FusedTeacher
 from fd2fast.progress import Progress
-from fd2fast.step import TERMS, GroupedStep, check_losses
+from fd2fast.recipe import Recipe
+from fd2fast.step import GroupedStep, check_losses
 from fd2fast.workers import Workers
 from fd2fast.writer import Writer, to_host
 
@@ -50,19 +50,18 @@ class Engine:
 
     def __init__(
         self,
-        config: DistillConfig,
+        recipe: Recipe,
         stage: Stage,
         inputs: Inputs,
         teachers: Callable[[], Sequence[FusedTeacher]],
         memory: StepMemory | None,
         workers: Workers,
     ):
-        """config: resolved. teachers: gives the fused teachers when the first step runs. memory: of a step, if known."""
-        assert config.iterations is not None
-        self.config, self.stage, self.inputs, self.plan = config, stage, inputs, inputs.plan
+        """teachers: gives the fused teachers when the first step runs. memory: of a step, if known."""
+        self.recipe, self.stage, self.inputs, self.plan = recipe, stage, inputs, inputs.plan
         self.teachers, self.memory, self.workers = teachers, memory, workers
         self.device = inputs.device
-        self.total = sum(config.iterations)
+        self.total = recipe.total_iterations
         self.every = max(1, min(50, self.total // 20))
         self.done = 0  # iterations by this process
         self._too_many: float = float("inf")  # images that did not fit the memory
@@ -74,7 +73,7 @@ class Engine:
         for step in self.plan.steps():
             steps[step.wave].append(step.index)
         whole = self.plan.n_segments * self.total
-        with Progress(self.config.method, whole, unit="segment-it") as bar, Writer() as writer:
+        with Progress(self.recipe.method, whole, unit="segment-it") as bar, Writer() as writer:
             self.bar, self.writer = bar, writer
             for wave in steps:
                 shown = 0
@@ -138,8 +137,8 @@ class Engine:
         step, log, failure, self._shown = None, None, "", 0
         try:
             step = self._begin(part)
-            zeros = torch.zeros(len(part.segments), len(TERMS), dtype=self.inputs.dtype, device=self.device)
-            log = _Log(part.segments, self.every, zeros)
+            shape = (len(part.segments), len(step.columns))
+            log = _Log(part.segments, self.every, torch.zeros(shape, dtype=self.inputs.dtype, device=self.device))
             if part.state is not None:
                 step.load_state(part.state["optimiser"])
                 log.load_state(part.state["log"])
@@ -165,7 +164,7 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(part.segments) == 1:
-            raise too_small(self.memory, rows, free_bytes(self.device), self.config.precision) from None
+            raise too_small(self.memory, rows, free_bytes(self.device), self.recipe.precision) from None
         self._too_many = rows
         halves = self._split(part, state)
         iteration = state["optimiser"]["iteration"] if state else 0
@@ -188,7 +187,7 @@ class Engine:
         ids = list(part.segments)
         low, high = bounds(self.inputs.dataset.mean, self.inputs.dataset.std, self.inputs.dtype)
         return GroupedStep(
-            self.config,
+            self.recipe,
             list(self.teachers()),
             torch.cat([self.inputs.initial_images(s) for s in ids]).to(self.device),
             torch.from_numpy(self.plan.labels(ids)),
@@ -209,7 +208,7 @@ class Engine:
                     means = log.add(step.iterate(), iteration, step.finished)
                     self.done += 1
                     if means is not None:
-                        named = {n: v for n, v in zip(TERMS, means, strict=True) if v or n == "total"}
+                        named = {n: v for n, v in zip(step.columns, means, strict=True) if v or n == "total"}
                         self._show(part, iteration + 1, since=self._shown, **named)
                     if watch is not None:
                         watch.look()
@@ -220,8 +219,8 @@ class Engine:
     def _save_is_due(self, iteration: int, saved: float) -> bool:
         if self.writer.busy:  # the work never waits for a save
             return False
-        if self.config.save_every is not None:
-            return iteration % self.config.save_every == 0
+        if self.recipe.save_every is not None:
+            return iteration % self.recipe.save_every == 0
         return time.monotonic() - saved > _SAVE_SECONDS
 
     def _save(self, part: Part, state: Callable[[], dict[str, Any]]) -> None:
@@ -229,9 +228,8 @@ class Engine:
 
     def _finish(self, part: Part, step: GroupedStep, log: _Log) -> None:
         """Let the images go to their files; the part counts as finished when the last is written."""
-        assert self.config.quantize is not None
         dataset = self.inputs.dataset
-        pixels = to_host({"images": quantize(step.images.detach(), dataset.mean, dataset.std, self.config.quantize)})
+        pixels = to_host({"images": quantize(step.images.detach(), dataset.mean, dataset.std, self.recipe.quantize)})
         step.close()
         log.read()
 
@@ -296,7 +294,7 @@ class _Log:
     """Losses of one part: means over the iterations since the line before, read from the device when they are there."""
 
     def __init__(self, segments: Sequence[int], every: int, zeros: Tensor):
-        """zeros: [segments, TERMS] on the device."""
+        """zeros: [segments, columns of the losses] on the device."""
         self.segments, self.every, self.total = list(segments), every, zeros
         self.count = 0
         self._lines: list[tuple[int, list[list[float]]]] = []

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from fd2fast import ops
 from fd2fast.artifacts import Dataset, Images, Patches
-from fd2fast.config import DistillConfig
 from fd2fast.data.pixels import normalise, read_image
 from fd2fast.data.store import ImageSet, load_split
 from fd2fast.errors import UserError
+from fd2fast.methods import method_of
 from fd2fast.models.teacher import Teacher
-from fd2fast.planner import COLUMNS, Plan, TableStream, iteration_table
+from fd2fast.planner import COLUMNS, Plan, TableStream, cosine_rates, iteration_table
+from fd2fast.recipe import Recipe
 from fd2fast.seeding import derive, generator, numpy_generator
 from fd2fast.step import Priors
 
@@ -42,13 +43,13 @@ class Table:
 class Inputs:
     """The inputs of every step of one distillation.
 
-    config: resolved. folder: where the distilled images lie, that priors are read back from. draws, prior_draws: as
+    folder: where the distilled images lie, that priors are read back from. draws, prior_draws: as
     fd2fast.stages.distill.run takes them. Raises UserError for draws and images that do not fit.
     """
 
     def __init__(
         self,
-        config: DistillConfig,
+        recipe: Recipe,
         plan: Plan,
         dataset: Dataset,
         patches: Patches | None,
@@ -59,15 +60,14 @@ class Inputs:
         draws: Draws | None = None,
         prior_draws: Draws | None = None,
     ):
-        assert config.iterations is not None
-        self.config, self.plan, self.dataset, self.patches = config, plan, dataset, patches
+        self.recipe, self.plan, self.dataset, self.patches = recipe, plan, dataset, patches
         self.teachers, self.folder, self.device = list(teachers), folder, device
-        self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        self.total = sum(config.iterations)
-        self.extension = config.save_format or "png"
+        self.dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
+        self.total = recipe.total_iterations
+        self.extension = recipe.save_format
         self.draws, self.prior_draws = draws, prior_draws
         self._check_draws()
-        self.train: ImageSet | None = load_split(dataset, "train") if config.init == "real" else None
+        self.train: ImageSet | None = load_split(dataset, "train") if recipe.init == "real" else None
         if self.train is not None:
             self.train.require(1, "init 'real'")
 
@@ -79,48 +79,55 @@ class Inputs:
                 raise UserError(f"draws[{segment}] must be int {list(wanted)}, got {shape}")
 
     def classes_of(self, segment: int) -> range:
-        """The segment's classes, one a row."""
+        """The segment's classes."""
         return range(int(self.plan.first_class[segment]), int(self.plan.end_class[segment]))
+
+    def cells(self, segment: int) -> list[tuple[int, int]]:
+        """Class and image id of each row of a segment."""
+        labels, image_ids = self.plan.labels([segment]), self.plan.image_ids([segment])
+        return [(int(label), int(image_id)) for label, image_id in zip(labels, image_ids, strict=True)]
 
     def files(self, segments: Sequence[int]) -> Iterator[Path]:
         """The distilled image of each row of these segments."""
         for segment in segments:
-            image_id = int(self.plan.image_id[segment])
-            for label in self.classes_of(segment):
+            for label, image_id in self.cells(segment):
                 yield self.folder / Images.image_name(label, image_id, self.extension)
 
     def committee(self, image_id: int) -> list[int]:
         """The teachers of an image id, a function of (seed, image id) only, in the order given."""
-        count = self.config.teachers_per_image
+        count = self.recipe.teachers_per_image
         if count is None or count == len(self.teachers):
             return list(range(len(self.teachers)))
-        drawn = numpy_generator(self.config.seed, "committee", image_id).permutation(len(self.teachers))[:count]
+        drawn = numpy_generator(self.recipe.seed, "committee", image_id).permutation(len(self.teachers))[:count]
         return sorted(int(t) for t in drawn)
 
     def initial_images(self, segment: int) -> Tensor:
         """Normalised initial images [n, 3, S, S] of a segment on the host, a function of (seed, class, image id)."""
-        image_id = int(self.plan.image_id[segment])
-        labels = self.classes_of(segment)
-        size, seed = self.dataset.size, self.config.seed
-        if self.config.init == "noise":
-            shape = (len(labels), 3, size, size)
+        cells = self.cells(segment)
+        size, seed = self.dataset.size, self.recipe.seed
+        if self.recipe.init == "noise":
+            shape = (len(cells), 3, size, size)
             return torch.randn(shape, generator=generator(seed, "noise", segment)).to(self.dtype)
-        if self.config.init == "real":
-            assert self.train is not None
+        if self.train is not None:
             picked = []
-            for label in labels:
+            for label, image_id in cells:
                 indices = self.train.of_class(label)
                 order = numpy_generator(seed, "real", label).permutation(len(indices))
                 picked.append(int(indices[order[image_id % len(order)]]))
             pixels = self.train.pixels(picked)
         else:
-            assert self.patches is not None
-            chosen = np.full(len(self.dataset.classes), image_id)
-            if self.config.patch_choice == "random":
-                held = self.patches.facts.per_class
-                chosen = numpy_generator(seed, "patch", image_id).integers(held, size=len(chosen))
-            pixels = self.read([self.patches.image(k, int(chosen[k])) for k in labels])
+            pixels = self.read([self._patch(label, image_id) for label, image_id in cells])
         return normalise(pixels, self.dataset.mean, self.dataset.std, self.dtype)
+
+    def _patch(self, label: int, image_id: int) -> Path:
+        """The file that an image starts from: its own id's, or one drawn at random (released)."""
+        if self.patches is None:
+            raise ValueError("initial images from patches need patches")
+        if self.recipe.patch_choice == "random":
+            count = self.patches.facts.per_class
+            rng = numpy_generator(self.recipe.seed, "patch", image_id)
+            image_id = int(rng.integers(count, size=len(self.dataset.classes))[label])
+        return self.patches.image(label, image_id)
 
     def read(self, paths: Sequence[Path]) -> Tensor:
         """uint8 [n, 3, S, S]; UserError names a file that is damaged or of another size."""
@@ -142,18 +149,19 @@ class Inputs:
             for begin in range(0, len(given), _CHUNK):
                 yield Table(first + begin, torch.from_numpy(given[begin : begin + _CHUNK]), None)
             return
-        assert self.config.jitter is not None
-        assert self.config.lr is not None
+        if method_of(self.recipe.method).smallest_crop is not None:
+            yield from self._tables_of_changing_crops(segments, first, end, size)
+            return
         stream = TableStream(
-            self.config.seed,
+            self.recipe.seed,
             segments,
             first,
             end - first,
             size,
-            jitter=min(self.config.jitter, size - 1),
-            augment=bool(self.config.augment),
-            scale=(self.config.min_crop, 1.0),
-            lr=self.config.lr,
+            jitter=min(self.recipe.jitter, size - 1),
+            augment=self.recipe.augment,
+            scale=(self.recipe.min_crop, 1.0),
+            lr=self.recipe.lr,
             total=self.total,
             chunk=_CHUNK,
         )
@@ -162,11 +170,32 @@ class Inputs:
                 yield Table(first, torch.from_numpy(params), torch.from_numpy(rates))
                 first += len(params)
 
+    def _tables_of_changing_crops(self, segments: Sequence[int], first: int, end: int, size: int) -> Iterator[Table]:
+        """`tables` where the method's smallest crop is a function of the iteration."""
+        recipe, smallest_crop = self.recipe, method_of(self.recipe.method).smallest_crop
+        jitter, total = min(recipe.jitter, size - 1), recipe.total_iterations
+        for begin in range(first, end, _CHUNK):
+            params = [
+                iteration_table(
+                    recipe.seed,
+                    segments,
+                    iteration,
+                    1,
+                    size,
+                    jitter=jitter,
+                    augment=recipe.augment,
+                    scale=(recipe.min_crop if smallest_crop is None else smallest_crop(recipe, iteration), 1.0),
+                )
+                for iteration in range(begin, min(begin + _CHUNK, end))
+            ]
+            rates = cosine_rates(recipe.lr, begin, len(params), total)
+            yield Table(begin, torch.from_numpy(np.concatenate(params)), torch.from_numpy(rates))
+
     def priors(self, segments: Sequence[int]) -> list[Priors | None]:
         """Per teacher: attention of the finished images of each row's class and group, read back from their files."""
         none: list[Priors | None] = [None] * len(self.teachers)
         earlier, bounds = self.plan.priors(segments)
-        if not self.config.fd2 or not len(earlier):
+        if not self.recipe.fd2 or not len(earlier):
             return none
         files: list[Path] = []
         lengths: list[int] = []
@@ -178,7 +207,7 @@ class Inputs:
             lengths += [len(ids)] * len(labels)
             draws.append(self._view_draws(segment, labels, ids))
         images = normalise(self.read(files), self.dataset.mean, self.dataset.std, self.dtype).to(self.device)
-        if self.config.prior_view == "augmented":
+        if self.recipe.prior_view == "augmented":
             one_each = list(range(len(files) + 1))
             images = ops.crop_flip_roll(images, torch.from_numpy(np.concatenate(draws)), one_each, self.dataset.size)
         offsets = (0, *(int(v) for v in np.cumsum(lengths)))
@@ -190,7 +219,7 @@ class Inputs:
 
     def _view_draws(self, segment: int, labels: range, ids: Sequence[int]) -> NDArray[np.int64]:
         """One crop and flip (no roll) for each prior image of a segment, int [classes * ids, 7] (released)."""
-        if self.config.prior_view != "augmented" or not ids:
+        if self.recipe.prior_view != "augmented" or not ids:
             return np.zeros((0, len(COLUMNS)), np.int64)
         if self.prior_draws is not None:
             wanted = (len(labels) * len(ids), len(COLUMNS))
@@ -199,13 +228,13 @@ class Inputs:
                 raise UserError(f"prior_draws[{segment}] must be int {list(wanted)}, got {list(given.shape)}")
             return given
         table = iteration_table(
-            derive(self.config.seed, "prior", segment),
+            derive(self.recipe.seed, "prior", segment),
             [i * len(self.dataset.classes) + k for k in labels for i in ids],  # free of IPC
             0,
             1,
             self.dataset.size,
             jitter=0,
-            augment=bool(self.config.augment),
-            scale=(self.config.min_crop, 1.0),
+            augment=self.recipe.augment,
+            scale=(self.recipe.min_crop, 1.0),
         )
         return table[0].astype(np.int64)

@@ -8,7 +8,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fd2fast import causes, limits
-from fd2fast.config import DistillConfig, replace
 from fd2fast.device import pick_device
 from fd2fast.errors import UserError
 from fd2fast.models.fused import FusedTeacher
+from fd2fast.recipe import Recipe
 from fd2fast.step import GroupedStep, Priors
 
 logger = logging.getLogger("fd2fast")
@@ -49,18 +49,17 @@ class StepMemory:
         return self.fixed + rows * self.row
 
 
-def measure(config: DistillConfig, teachers: Sequence[FusedTeacher], device: torch.device) -> StepMemory:
+def measure(recipe: Recipe, teachers: Sequence[FusedTeacher], device: torch.device) -> StepMemory:
     """The memory of a step of this method: most over the teachers' turns, at the largest side of any phase.
 
-    config: resolved. Runs one iteration of 2 and of 4 random images for every turn: on a GPU torch's own count of allocated
-    bytes is read, on a CPU the bytes of all tensors alive are added up as they come and go. Includes images, moments,
-    initial images, the view, priors (as many as the last image of a group has) and everything an iteration keeps or needs.
+    Runs one iteration of 2 and of 4 random images for every turn: on a GPU torch's own count of allocated bytes is read, on
+    a CPU the bytes of all tensors alive are added up as they come and go. Includes images, moments, initial images, the view,
+    priors (as many as the last image of a group has) and everything an iteration keeps or needs.
     Raises UserError where not even this fits.
     """
-    assert config.sizes is not None
-    side = max(config.sizes)
-    turns = len(teachers) if config.teacher_schedule == "round_robin" else 1
-    single = replace(config, iterations=(turns,), sizes=(side,))
+    side = max(recipe.sizes)
+    turns = len(teachers) if recipe.teacher_schedule == "round_robin" else 1
+    single = replace(recipe, iterations=(turns,), sizes=(side,))
     shapes = [_map_shape(teacher, side, device) for teacher in teachers]
 
     def once(rows: int) -> None:
@@ -76,7 +75,7 @@ def measure(config: DistillConfig, teachers: Sequence[FusedTeacher], device: tor
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise too_small(None, _ROWS[1], free_bytes(device), config.precision) from error
+        raise too_small(None, _ROWS[1], free_bytes(device), recipe.precision) from error
     row = max(0, peaks[1] - peaks[0]) / (_ROWS[1] - _ROWS[0])
     fixed = max(0.0, peaks[0] - _ROWS[0] * row)
     return StepMemory(int(_MARGIN * fixed), int(_MARGIN * row) + 1)
@@ -89,17 +88,15 @@ def _map_shape(teacher: FusedTeacher, side: int, device: torch.device) -> tuple[
 
 
 def _iterate(
-    config: DistillConfig,
+    recipe: Recipe,
     teachers: Sequence[FusedTeacher],
     shapes: Sequence[tuple[int, ...]],
     rows: int,
     device: torch.device,
 ) -> None:
     """One iteration of every turn, from nothing."""
-    assert config.sizes is not None
-    assert config.iterations is not None
-    side, earlier = config.sizes[0], config.group_size - 1 if config.fd2 else 0
-    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    side, earlier = recipe.sizes[0], recipe.group_size - 1 if recipe.fd2 else 0
+    dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
     offsets = tuple(range(0, rows * earlier + 1, earlier)) if earlier else ()
     priors = [
         Priors(torch.rand(rows * earlier, *shape, dtype=dtype, device=device), offsets) if earlier else None
@@ -108,7 +105,7 @@ def _iterate(
     bound = torch.full((3,), 3.0, dtype=dtype)
     classes = min(teacher.classes for teacher in teachers)
     step = GroupedStep(
-        config,
+        recipe,
         list(teachers),
         torch.rand(rows, 3, side, side, dtype=dtype, device=device),
         torch.arange(rows) % classes,
@@ -119,7 +116,7 @@ def _iterate(
         graphs=False,
     )
     with step:
-        for _ in range(config.iterations[0]):
+        for _ in range(recipe.iterations[0]):
             step.iterate(torch.tensor([[0, 0, max(1, side // 2), max(1, side // 2), 1, 1, 1]], dtype=torch.int32))
 
 

@@ -15,6 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from fd2fast import _planner
 from fd2fast.errors import UserError
 
+# Which images share a segment, and with it BN statistics: one image of each class of a block, or images of one class.
+Layout = Literal["across", "within"]
+
 # Columns of an iteration table.
 COLUMNS = ("top", "left", "height", "width", "flip", "roll_down", "roll_right")
 
@@ -46,9 +49,9 @@ class Step:
 class Plan:
     """Segments, their dependencies and the steps that run them; immutable, and a function of its settings only.
 
-    Segment s = image_id * n_blocks + block holds one image, number `image_id`, of each class in
-    [first_class[s], end_class[s]). It may start when the segments of `priors([s])` are finished; they lie in
-    earlier waves. Arrays are read-only; S segments.
+    Segment s holds, of each class in [first_class[s], end_class[s]), the images [image_id[s], end_image[s]), class by class:
+    across classes s = image_id * n_blocks + block and one image of each; within a class s = class * n_blocks + block.
+    It may start when the segments of `priors([s])` are finished; they lie in earlier waves. Arrays are read-only; S segments.
     """
 
     classes: int
@@ -69,6 +72,7 @@ class Plan:
     step_wave: NDArray[np.int32]  # [n_steps], ascending
     prior_segments: NDArray[np.int64]  # [P], ids of the same block and group and a lower slot, ascending
     prior_offsets: NDArray[np.int64]  # [S + 1], into prior_segments
+    layout: Layout = "across"
 
     def __post_init__(self) -> None:
         for name in _ARRAYS:
@@ -88,7 +92,14 @@ class Plan:
 
     @property
     def n_blocks(self) -> int:
-        return -(-self.classes // self.segment_size)
+        """Of classes, or of the images of a class."""
+        return -(-(self.classes if self.layout == "across" else self.ipc) // self.segment_size)
+
+    @cached_property
+    def end_image(self) -> NDArray[np.int32]:
+        """[S]: after the last image of each class in a segment."""
+        count = 1 if self.layout == "across" else self.segment_size
+        return np.minimum(self.image_id + np.int32(count), np.int32(self.ipc))
 
     def step(self, index: int) -> Step:
         """The step at this place of the execution order."""
@@ -103,14 +114,26 @@ class Plan:
         """Row offsets int64 [len + 1] of these segments stacked in one batch; UserError for an unknown segment."""
         ids = self._ids(segments)
         offsets = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum(self.end_class[ids] - self.first_class[ids], out=offsets[1:])
+        np.cumsum((self.end_class - self.first_class)[ids] * (self.end_image - self.image_id)[ids], out=offsets[1:])
         return offsets
 
     def labels(self, segments: ArrayLike) -> NDArray[np.int64]:
         """Class int64 [rows] of each row of these segments stacked in one batch; UserError for an unknown segment."""
+        return self._cells(segments)[0]
+
+    def image_ids(self, segments: ArrayLike) -> NDArray[np.int64]:
+        """Image id int64 [rows] of each row, as `labels`."""
+        return self._cells(segments)[1]
+
+    def _cells(self, segments: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         ids = self._ids(segments)
         offsets = self.rows(ids)
-        return np.arange(offsets[-1]) + np.repeat(self.first_class[ids] - offsets[:-1], np.diff(offsets))
+        lengths = np.diff(offsets)
+        images = np.repeat((self.end_image - self.image_id)[ids], lengths)
+        row = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        return np.repeat(self.first_class[ids], lengths) + row // images, np.repeat(
+            self.image_id[ids], lengths
+        ) + row % images
 
     def priors(self, segments: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ragged list of the segments whose attention each of these is kept away from.
@@ -140,6 +163,8 @@ class Plan:
             "segments_per_step": self.segments_per_step,
             "max_rows_per_step": self.max_rows_per_step,
             "bucket_sizes": list(self.bucket_sizes),
+            # plans across classes keep the digest that they had before there were others
+            **({"layout": self.layout} if self.layout != "across" else {}),
         }
 
     @cached_property
@@ -170,6 +195,7 @@ class Plan:
             segments_per_step=record["segments_per_step"],
             max_rows_per_step=record["max_rows_per_step"] or None,
             bucket_sizes=record["bucket_sizes"] or None,
+            layout=record.get("layout", "across"),
         )
         if plan.digest() != record["digest"]:
             raise UserError(f"the recorded plan has digest {record['digest']}, this planner makes {plan.digest()}")
@@ -194,6 +220,7 @@ def make_plan(
     memory_limit: int | None = None,
     bytes_fixed: int = 0,
     bucket_sizes: Sequence[int] | None = None,
+    layout: Layout = "across",
 ) -> Plan:
     """Plan `classes` x `ipc` images: waves by slot, and each wave cut into steps, full segments before shorter ones.
 
@@ -204,11 +231,20 @@ def make_plan(
     with bucket_sizes (segments) the largest bucket that fits, so that few step sizes occur; only a remainder below
     the smallest bucket is another size.
 
+    layout "within": segments of images of one class; segment_size (None: all) counts images, blocks are of images, and
+    group_size must be 1: images of one class that are optimised together cannot wait for each other.
+
     UserError: counts below 1, a segment larger than the class count, a limit too small for one segment.
     """
     classes, ipc = _at_least_one("classes", classes), _at_least_one("ipc", ipc)
     group_size = _at_least_one("group_size", group_size)
-    segment_size = min(100, classes) if segment_size is None else _at_least_one("segment_size", segment_size)
+    if segment_size is None:
+        segment_size = min(100, classes) if layout == "across" else ipc
+    segment_size = _at_least_one("segment_size", segment_size)
+    if layout == "within" and group_size != 1:
+        raise UserError(f"group_size must be 1 for segments within a class, got {group_size}")
+    if layout == "within" and segment_size > ipc:
+        raise UserError(f"segment larger than the images of a class: {segment_size} > {ipc}")
     per_step = 0 if segments_per_step == "max" else _at_least_one("segments_per_step", segments_per_step)
     if (memory_limit is None) != (bytes_per_row is None):
         raise UserError(
@@ -220,8 +256,9 @@ def make_plan(
     buckets = tuple(sorted({_at_least_one("bucket_sizes", size) for size in bucket_sizes or ()}))
     with _user_errors():
         arrays = _planner.make_plan(
-            classes=classes,
-            ipc=ipc,
+            # within a class the planner's classes are its images, and its images the classes
+            classes=classes if layout == "across" else ipc,
+            ipc=ipc if layout == "across" else classes,
             group_size=group_size,
             segment_size=segment_size,
             segments_per_step=per_step,
@@ -231,12 +268,16 @@ def make_plan(
             bytes_fixed=_integer("bytes_fixed", bytes_fixed),
             bucket_sizes=buckets,
         )
+    if layout == "within":
+        label, first = arrays["image_id"], arrays["first_class"]
+        arrays |= {"first_class": label, "end_class": label + np.int32(1), "image_id": first, "group": first.copy()}
     return Plan(
         classes=classes,
         ipc=ipc,
         group_size=group_size,
         segment_size=segment_size,
         bucket_sizes=buckets,
+        layout=layout,
         **arrays,
     )
 

@@ -12,6 +12,7 @@ from fd2fast.data.store import load_split
 from fd2fast.methods import resolve
 from fd2fast.models.backbone import build_backbone
 from fd2fast.models.teacher import Teacher
+from fd2fast.recipe import Recipe
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.3, 0.2)
 SMALL = "timm:test_resnet"
@@ -47,8 +48,8 @@ def tiny_teacher(
     return teacher.requires_grad_(False)
 
 
-def tiny_config(method: str, *, classes: int = 5, size: int = 32, **changes: object) -> DistillConfig:
-    """A resolved configuration in fp64."""
+def tiny_config(method: str, *, classes: int = 5, size: int = 32, **changes: object) -> Recipe:
+    """A recipe in fp64."""
     config = replace(DistillConfig(method=method, precision="fp64"), **changes)
     return resolve(config, classes=classes, size=size)
 
@@ -84,3 +85,9 @@ def make_patches(path: Path, dataset: Artifact, per_class: int = 3) -> Artifact:
         for index, pixels in enumerate(train.pixels(train.of_class(label)[:per_class])):
             save_image(stage.path / f"images/{label:05d}/class{label:05d}_id{index:05d}.png", pixels)
     return stage.finish_like(dataset, {"factor": 1, "per_class": per_class})
+
+
+def saved_pixels(images: torch.Tensor) -> np.ndarray:
+    """Normalised images [n, 3, S, S] as `paper` saves them: uint8, rounded."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+    return ((images.double() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).numpy()

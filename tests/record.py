@@ -1,4 +1,7 @@
-"""Runs every method in a tiny form and keeps what comes out; as a program it records that anew for this environment."""
+"""Runs every method in a tiny form and keeps what comes out; as a program it records that anew for this environment.
+
+With --missing it records only the rows that are not there yet, those of a new method.
+"""
 
 from __future__ import annotations
 
@@ -269,25 +272,29 @@ def save_records(records: Mapping[Environment, Mapping[str, Outcome]], path: Pat
     path.write_text("[\n" + ",\n".join(texts) + "\n]\n")
 
 
-def run_all(precision: str) -> dict[str, Outcome]:
+def run_all(precision: str, names: Sequence[str] = ROWS) -> dict[str, Outcome]:
     torch.set_num_threads(1)
     with no_pictures(), tempfile.TemporaryDirectory() as folder:
         material = make_material(Path(folder))
-        return {name: run_row(name, material, Path(folder) / str(n), precision) for n, name in enumerate(ROWS)}
+        return {name: run_row(name, material, Path(folder) / str(n), precision) for n, name in enumerate(names)}
 
 
 def main() -> None:
     os.environ.setdefault("FD2FAST_PROGRESS", "0")
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDED
+    arguments = [argument for argument in sys.argv[1:] if argument != "--missing"]
+    path = Path(arguments[0]) if arguments else RECORDED
     for precision in PRECISIONS:
         if reason := reason_against(precision):
             print(f"{precision}: {reason}")
             continue
         records = load_records(path)
         here = environment(precision)
-        before, rows = records.get(here, {}), run_all(precision)
+        before = records.get(here, {})
+        names = [name for name in ROWS if name not in before or "--missing" not in sys.argv]
+        rows = run_all(precision, names)
         changed = [name for name in rows if rows[name] != before.get(name)]
-        save_records({**records, here: rows}, path)
+        whole = {**before, **rows}
+        save_records({**records, here: {name: whole[name] for name in ROWS}}, path)
         print(f"{here}: {len(changed)} of {len(rows)} rows changed: {', '.join(changed)}")
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from bench_tools import load_bench
 
+from fd2fast.step import losses
+
 bench, results = load_bench("step"), load_bench("results")
 cases, ways = load_bench("cases"), load_bench("ways")
 
@@ -30,12 +32,12 @@ def test_rows_and_table(tmp_path, capsys):
 
 
 def test_no_time_where_the_results_disagree(monkeypatch, capsys, tmp_path):
-    right = ways.GroupedStep._teacher_losses
+    right = losses.Losses.of
 
     def wrong(self, *args):
         return right(self, *args) * 1.1
 
-    monkeypatch.setattr(ways.GroupedStep, "_teacher_losses", wrong)
+    monkeypatch.setattr(losses.Losses, "of", wrong)
     assert bench.main([*TINY, "--methods", "sre2l++_fd2", "--out", str(tmp_path)]) == 1
     assert not list(tmp_path.iterdir())
     captured = capsys.readouterr()

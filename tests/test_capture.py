@@ -12,17 +12,19 @@ import torch
 from distill_tools import MEAN, OTHER, SMALL, STD, tiny_config, tiny_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fd2fast import capture, ops
-from fd2fast.capture import Captures
+from fd2fast import ops
 from fd2fast.models import cpu
 from fd2fast.ops import _checks
 from fd2fast.planner import iteration_table
-from fd2fast.step import GroupedStep, Priors
-from fd2fast.tables import DeviceTable
+from fd2fast.step import GroupedStep, Priors, capture
+from fd2fast.step.capture import Captures
+from fd2fast.step.tables import DeviceTable
+from fd2fast.step.update import PixelAdam
 
 LOW = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64)
 HIGH = torch.tensor([(1 - m) / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64)
 CLASSES, ROWS = 5, [0, 2, 5]
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 class Counting:
@@ -144,14 +146,12 @@ class _Tape(TorchDispatchMode):
 class TapeRecorder(Counting):
     """What a CUDA graph is, on a CPU: static memory, and every host value as it was when the tape was made."""
 
-    def __init__(self, step: GroupedStep):
-        super().__init__()
-        self.step = step
+    step: GroupedStep
+    table: DeviceTable
 
     def record(self, work: Callable) -> Callable:
         self.events.append("record")
-        names = ("images", "exp_avg", "exp_avg_sq", "scale", "clean")
-        state = [getattr(self.step, name) for name in names] + [self.step._table._position]
+        state = [*self.step.tensors().values(), self.table.position]
         before = [t.clone() for t in state]
         with _Tape() as tape, torch.no_grad(), torch.enable_grad():
             found = work()
@@ -168,7 +168,11 @@ class TapeRecorder(Counting):
 
 
 def make_step(
-    method: str, device: torch.device | str = "cpu", graphs: bool | None = None, **changes: object
+    method: str,
+    device: torch.device | str = "cpu",
+    graphs: bool | None = None,
+    parts: dict[str, object] | None = None,
+    **changes: object,
 ) -> GroupedStep:
     """Two segments of 2 and 3 rows with earlier images."""
     changes = {"precision": "fp32", **changes}
@@ -185,12 +189,14 @@ def make_step(
     maps = [torch.rand(rows, t.attention_maps, 4, 4, generator=generator).to(device) for t in teachers]
     priors = [Priors(m, tuple(range(rows + 1))) for m in maps] if config.fd2 else None
     labels = torch.tensor([0, 1, 0, 1, 2])
-    return GroupedStep(config, teachers, initial, labels, ROWS, low=LOW, high=HIGH, priors=priors, graphs=graphs)
+    return GroupedStep(
+        config, teachers, initial, labels, ROWS, low=LOW, high=HIGH, priors=priors, graphs=graphs, **(parts or {})
+    )
 
 
 def load(step: GroupedStep) -> None:
     """The draws from the coming iteration to the end of its phase."""
-    count, jitter = step.phase_end - step.iteration, step.config.jitter
+    count, jitter = step.phase_end - step.iteration, step.recipe.jitter
     draws = iteration_table(0, [0, 1], step.iteration, count, step.size, jitter=min(jitter, step.size - 1))
     step.load_table(draws, None, step.iteration)
 
@@ -199,7 +205,7 @@ def finish(step: GroupedStep) -> torch.Tensor:
     """All iterations by tables of whole phases; the losses [T, segments, terms]."""
     losses = []
     while not step.finished:
-        if not step._table.covers(step.iteration):
+        if step.iteration in step.phases.begins:
             load(step)
         losses.append(step.iterate().clone())
     return torch.stack(losses)
@@ -224,15 +230,14 @@ def test_a_recorded_iteration_is_the_iteration(method: str, changes: dict, monke
     monkeypatch.setattr(ops, "crop_flip_roll", lambda *a, **k: specification(*a, **k, backend="reference"))
     found = []
     for recorded in (False, True):
-        with make_step(method, **changes) as step:
-            step._table = DeviceTable(2, step.device)
-            if recorded:
-                recorder = TapeRecorder(step)
-                step._captures = Captures(recorder)
+        recorder, table = TapeRecorder(), DeviceTable(2, CPU)
+        captures = Captures(recorder) if recorded else None
+        with make_step(method, parts={"table": table, "captures": captures}, **changes) as step:
+            recorder.step, recorder.table = step, table
             found.append((finish(step), step.state()))
             if recorded:
-                assert step._captures.reason is None
-                phases, kinds = len(step.config.iterations), len(step._schedule)
+                assert captures.reason is None
+                phases, kinds = len(step.recipe.iterations), len(step.schedule)
                 assert recorder.events.count("record") == phases * kinds
                 assert recorder.events.count("replay") == step.total_iterations - phases * kinds
                 assert step.gradient is None
@@ -247,32 +252,32 @@ def test_the_tape_bakes_host_values_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "takes_vectors", lambda *tensors: False)
     monkeypatch.setattr(cpu, "takes", lambda x: False)
     monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)
+
+    class Wrong(PixelAdam):
+        def __call__(self, state, gradient, rate, number):
+            return super().__call__(state, gradient, rate * (1 + self.step.iteration), number)
+
     found = []
     for recorded in (False, True):
-        with make_step("sre2l++", iterations=(5,)) as step:
-            step._table = DeviceTable(2, step.device)
-            right = step._update
-
-            def wrong(gradient, rate, number, step=step, right=right):
-                right(gradient, rate * (1 + step.iteration), number)
-
-            step._update = wrong
-            if recorded:
-                step._captures = Captures(TapeRecorder(step))
+        recorder, table = TapeRecorder(), DeviceTable(2, CPU)
+        update = Wrong(tiny_config("sre2l++", classes=CLASSES, iterations=(5,)), LOW.float(), HIGH.float())
+        parts = {"table": table, "captures": Captures(recorder) if recorded else None, "update": update}
+        with make_step("sre2l++", parts=parts, iterations=(5,)) as step:
+            recorder.step, recorder.table, update.step = step, table, step
             finish(step)
             found.append(step.images)
     assert not torch.equal(*found)
 
 
 def test_graphs_end_with_phase_state_and_step() -> None:
-    with make_step("fadrm+", iterations=(5, 5), sizes=(24, 32)) as step:
-        step._table = DeviceTable(2, step.device)
-        recorder = Counting()
-        step._captures = Captures(recorder)
+    recorder = Counting()
+    captures = Captures(recorder)
+    parts = {"table": DeviceTable(2, CPU), "captures": captures}
+    with make_step("fadrm+", parts=parts, iterations=(5, 5), sizes=(24, 32)) as step:
         load(step)
         for _ in range(5):
             step.iterate()
-        assert len(step._captures) == 2
+        assert len(captures) == 2
         state = step.state()
         load(step)
         step.iterate()  # the next phase
@@ -280,24 +285,23 @@ def test_graphs_end_with_phase_state_and_step() -> None:
         assert recorder.events[-1] == "warm up"
         for _ in range(3):
             step.iterate()
-        assert len(step._captures) == 2
+        assert len(captures) == 2
         step.load_state(state)
-        assert len(step._captures) == 0
+        assert len(captures) == 0
         for _ in range(5):
             step.iterate()
         assert step.finished
-    assert len(step._captures) == 0
+    assert len(captures) == 0
 
 
 def test_a_larger_table_is_recorded_anew() -> None:
-    with make_step("sre2l++", iterations=(200,)) as step:
-        step._table = DeviceTable(2, step.device)
-        step._captures = Captures(Counting())
+    captures = Captures(Counting())
+    with make_step("sre2l++", parts={"table": DeviceTable(2, CPU), "captures": captures}, iterations=(200,)) as step:
         for _ in range(3):
             step.iterate(torch.tensor([[0, 0, 32, 32, 0, 0, 0]] * 2))
-        assert len(step._captures) == 1
+        assert len(captures) == 1
         load(step)
-        assert len(step._captures) == 0
+        assert len(captures) == 0
 
 
 def test_a_failed_recording_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,11 +339,12 @@ def test_graph_equals_eager(method: str, changes: dict) -> None:
     found = []
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         for graphs in (False, True):
-            with make_step(method, "cuda", graphs, **changes) as step:
+            captures = Captures(capture.CudaRecorder(GPU)) if graphs else None
+            with make_step(method, "cuda", graphs, {"captures": captures}, **changes) as step:
                 found.append((finish(step), step.state()))
-                if graphs:
-                    assert step._captures.reason is None
-                    assert len(step._captures) == len(step._schedule)
+                if captures is not None:
+                    assert captures.reason is None
+                    assert len(captures) == len(step.schedule)
     (eager, wanted), (replayed, state) = found
     assert torch.equal(replayed, eager)
     for name, value in wanted.items():
@@ -354,7 +359,7 @@ def test_the_loop_does_not_wait_for_the_gpu(method: str, changes: dict, graphs: 
     changes = {**changes, "iterations": (20,), "sizes": (32,)}
     with make_step(method, "cuda", graphs, **changes) as step:
         load(step)
-        for _ in range(2 * len(step._schedule)):
+        for _ in range(2 * len(step.schedule)):
             step.iterate()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -378,9 +383,10 @@ def test_a_step_that_cannot_be_captured_runs_eagerly() -> None:
         return
     found = []
     for syncs in (False, True):
-        with make_step("sre2l++", "cuda", True, iterations=(6,)) as step:
+        captures = Captures(capture.CudaRecorder(GPU))
+        with make_step("sre2l++", "cuda", True, {"captures": captures}, iterations=(6,)) as step:
             if syncs:
-                body, forward = step._fused[0].body, step._fused[0].body.forward
+                body, forward = step.losses.teachers[0].body, step.losses.teachers[0].body.forward
 
                 def reading(x, segments, forward=forward):
                     assert x.sum().item() == x.sum().item()
@@ -388,6 +394,6 @@ def test_a_step_that_cannot_be_captured_runs_eagerly() -> None:
 
                 body.forward = reading
             finish(step)
-            assert (step._captures.reason is not None) is syncs
+            assert (captures.reason is not None) is syncs
             found.append(step.images.clone())
     torch.testing.assert_close(*found, rtol=0.1, atol=0.1)

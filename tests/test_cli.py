@@ -9,6 +9,7 @@ import pytest
 
 from fd2fast import cli
 from fd2fast.errors import UserError
+from fd2fast.methods import BASELINES, METHODS, Selection, register_method
 from fd2fast.progress import show_notes
 
 
@@ -42,6 +43,20 @@ def test_run_help_teaches_presets_and_stage_options(capsys):
         "Run the same command again",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize("command", ["run", "distill"])
+def test_help_lists_every_method(command, capsys):
+    register_method("mine", Selection("a rule of one's own"))
+    try:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+    finally:
+        del BASELINES["mine"]
+    words = " ".join(capsys.readouterr().out.split())
+    for name, method in (*METHODS.items(), *BASELINES.items()):
+        assert f"{name}: {method.summary}" in words
+    assert "mine: a rule of one's own" in words
 
 
 @pytest.mark.parametrize(

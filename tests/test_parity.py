@@ -4,8 +4,8 @@ import pytest
 import torch
 from distill_tools import MEAN, OTHER, SMALL, STD, tiny_config, tiny_teacher
 
-from fd2fast.config import DistillConfig
 from fd2fast.planner import iteration_table
+from fd2fast.recipe import Recipe
 from fd2fast.reference.loop import committee_weights, optimise_segment, prior_attention
 from fd2fast.step import GroupedStep, Priors
 from fd2fast.step import committee_weights as step_weights
@@ -15,7 +15,7 @@ HIGH = torch.tensor([(1 - m) / s for m, s in zip(MEAN, STD, strict=True)], dtype
 CLASSES = 5
 
 
-def draws_of(config: DistillConfig, segment: int) -> torch.Tensor:
+def draws_of(config: Recipe, segment: int) -> torch.Tensor:
     """int [T, 7] over all phases."""
     tables, first = [], 0
     for count, size in zip(config.iterations, config.sizes, strict=True):
@@ -56,7 +56,7 @@ CASES = {
 }
 
 
-def case(name: str, dtype: torch.dtype) -> tuple[DistillConfig, list]:
+def case(name: str, dtype: torch.dtype) -> tuple[Recipe, list]:
     method = name.split()[0]
     changes = {"iterations": (21,), **CASES[name]}
     config = tiny_config(method, semantics="released" if "released" in name else "paper", **changes)

@@ -1,5 +1,6 @@
 """The C++ planner against its specification, and the specification's own promises."""
 
+import json
 import math
 import os
 import subprocess
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from fd2fast import planner
 from fd2fast.errors import UserError
-from fd2fast.planner import TableStream, cosine_rates, iteration_table, make_plan, philox_uniform
+from fd2fast.planner import Plan, TableStream, cosine_rates, iteration_table, make_plan, philox_uniform
 from fd2fast.reference import planner as reference
 
 quick = settings(deadline=None, max_examples=100)
@@ -61,6 +62,38 @@ def outcome(make, request):
 @given(requests())
 def test_plan_equals_reference(request):
     assert as_lists(make_plan(**request)) == as_lists(reference.make_plan(**request))
+
+
+@quick
+@given(requests(), st.integers(1, 13))
+def test_segments_within_a_class(request, segment_size):
+    """As the specification has them; every image once, the images of one class together."""
+    size = min(segment_size, request["ipc"])
+    limits = {"max_rows_per_step": None, "bytes_per_row": None, "memory_limit": None}
+    request |= {"layout": "within", "group_size": 1, "segment_size": size, **limits}
+    plan = make_plan(**request)
+    assert as_lists(plan) == as_lists(reference.make_plan(**request))
+    seen = []
+    for step in plan.steps():
+        bounds = plan.rows(step.segments)
+        cells = list(zip(plan.labels(step.segments), plan.image_ids(step.segments), strict=True))
+        for k, segment in enumerate(step.segments):
+            mine = cells[bounds[k] : bounds[k + 1]]
+            assert {label for label, _ in mine} == {plan.first_class[segment]}
+            assert [image for _, image in mine] == list(range(plan.image_id[segment], plan.end_image[segment]))
+            assert len(mine) <= size
+            assert len(plan.priors([segment])[0]) == 0
+        seen += cells
+    assert sorted(seen) == [(k, i) for k in range(plan.classes) for i in range(plan.ipc)]
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_segments_within_a_class_have_no_order():
+    for make in (make_plan, reference.make_plan):
+        with pytest.raises(ValueError, match="group_size must be 1 for segments within a class, got 4"):
+            make(3, 4, layout="within")
+        with pytest.raises(ValueError, match="segment larger than the images of a class: 5 > 4"):
+            make(3, 4, layout="within", group_size=1, segment_size=5)
 
 
 @settings(quick, max_examples=300)

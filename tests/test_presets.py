@@ -7,7 +7,7 @@ import pytest
 
 from fd2fast.config import DistillConfig, PretrainConfig, RunConfig, replace
 from fd2fast.errors import UserError
-from fd2fast.methods import BASELINES, resolve
+from fd2fast.methods import BASELINES, filled
 from fd2fast.presets import PRESETS, from_toml, preset, quick
 
 
@@ -34,7 +34,7 @@ def test_a_quick_run_has_the_same_rows_in_less_time_and_another_folder(name):
     assert short.relabel.epochs == full.relabel.epochs // 3
     assert short.evaluate.seeds == full.evaluate.seeds[:1]
     for method in {text.partition(":")[0] for text in full.methods} - set(BASELINES):
-        resolved = [resolve(replace(c.distill, method=method), classes=20, size=full.data.size) for c in (full, short)]
+        resolved = [filled(replace(c.distill, method=method), classes=20, size=full.data.size) for c in (full, short)]
         iterations = [sum(r.iterations or ()) for r in resolved]
         assert iterations[1] <= iterations[0] / 3
 

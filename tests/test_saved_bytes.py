@@ -39,7 +39,7 @@ def test_a_step_keeps_little_of_each_image(name: str, megabytes: float) -> None:
     fused = fuse(teacher, torch.bfloat16)
     run = ways.Engine(case, [fused], precision="bf16")
     step = run.step
-    known = [*fused.buffers(), step.images, step.exp_avg, step.exp_avg_sq, step.initial, case.labels, *case.priors]
+    known = [*fused.buffers(), *step.tensors().values(), step.initial, case.labels, *case.priors]
     found = saved_bytes(lambda: run(0), known) / ROWS
     assert 0.5 * megabytes * 1e6 < found <= megabytes * 1e6
     if name == "ResNet18":

@@ -1,5 +1,6 @@
 """The grouped step: independent segments, half precision, state, no host synchronisation, refusals."""
 
+import dataclasses
 import functools
 import weakref
 
@@ -8,17 +9,19 @@ import torch
 from distill_tools import MEAN, OTHER, SMALL, STD, tiny_config, tiny_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fd2fast.config import DistillConfig
 from fd2fast.errors import UserError
-from fd2fast.methods import METHODS
+from fd2fast.methods import METHODS, Outputs, Term, register_method
 from fd2fast.models.fused import fuse
 from fd2fast.planner import iteration_table, make_plan
+from fd2fast.recipe import Recipe
 from fd2fast.step import TERMS, GroupedStep, Priors, check_losses, map_dtype, segment_mean_matrix
-from fd2fast.tables import DeviceTable
+from fd2fast.step.tables import DeviceTable
+from fd2fast.step.update import PixelAdam
 
 LOW = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64)
 HIGH = torch.tensor([(1 - m) / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64)
 CLASSES, SIZE = 7, 32
+CPU = torch.device("cpu")
 
 
 def teachers_of(method: str, dtype: torch.dtype = torch.float64) -> list:
@@ -38,11 +41,11 @@ def pixels(segment: int, rows: int) -> torch.Tensor:
     return LOW.view(3, 1, 1) + unit * (HIGH - LOW).view(3, 1, 1)
 
 
-def table(config: DistillConfig, segments: list[int], iteration: int, size: int) -> torch.Tensor:
+def table(config: Recipe, segments: list[int], iteration: int, size: int) -> torch.Tensor:
     return torch.from_numpy(iteration_table(3, segments, iteration, 1, size, jitter=config.jitter)[0])
 
 
-def optimise(config: DistillConfig, teachers: list, plan, segments: list[int]) -> torch.Tensor:
+def optimise(config: Recipe, teachers: list, plan, segments: list[int]) -> torch.Tensor:
     """The images of these segments in one step; slots above 0 get made-up finished images."""
     offsets = plan.rows(segments).tolist()
     initial = torch.cat([pixels(s, b - a) for s, a, b in zip(segments, offsets, offsets[1:], strict=False)])
@@ -99,7 +102,7 @@ def test_grouped_is_alone(method: str, changes: dict) -> None:
 
 
 def one_segment(
-    config: DistillConfig, teachers: list, dtype: torch.dtype = torch.float32, rows: int = 4
+    config: Recipe, teachers: list, dtype: torch.dtype = torch.float32, rows: int = 4, **parts: object
 ) -> GroupedStep:
     initial = pixels(0, rows).to(dtype)
     generator = torch.Generator().manual_seed(1)
@@ -116,6 +119,7 @@ def one_segment(
         low=LOW,
         high=HIGH,
         priors=maps if config.fd2 else None,
+        **parts,
     )
 
 
@@ -124,11 +128,11 @@ def test_losses_compile_without_a_graph_break(method: str) -> None:
     """Teacher, head, all loss terms and their means, forward and backward."""
     config = tiny_config(method, classes=CLASSES, iterations=(4,), sizes=(32,), precision="fp32")
     with one_segment(config, teachers_of(method, torch.float32)) as step:
-        task = step._schedule[0][0]
+        task = step.schedule.tasks(0)[0]
         found = []
         for function in (
-            step._teacher_losses,
-            torch.compile(step._teacher_losses, backend="aot_eager", fullgraph=True),
+            step.losses.of,
+            torch.compile(step.losses.of, backend="aot_eager", fullgraph=True),
         ):
             view = step.images.clone().requires_grad_()
             losses = function(task, view)
@@ -153,7 +157,7 @@ def test_state_goes_on_where_it_stopped() -> None:
         while not again.finished:
             again.iterate(table(config, [0], again.iteration, again.size))
     assert torch.equal(step.images, again.images)
-    assert torch.equal(step.exp_avg_sq, again.exp_avg_sq)
+    assert torch.equal(step.tensors()["exp_avg_sq"], again.tensors()["exp_avg_sq"])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -166,7 +170,7 @@ def test_half_precision_follows_fp32(precision: str) -> None:
         with one_segment(config, teachers) as step:
             losses = step.iterate(table(config, [0], 0, SIZE))
             found[name] = losses, step.gradient
-            assert step.images.dtype == step.exp_avg_sq.dtype == losses.dtype == torch.float32
+            assert step.images.dtype == step.tensors()["exp_avg_sq"].dtype == losses.dtype == torch.float32
     (exact, right), (rough, near) = found["fp32"], found[precision]
     torch.testing.assert_close(rough, exact, rtol=0.03, atol=0.03)
     cosine = torch.nn.functional.cosine_similarity(near.flatten(), right.flatten(), dim=0)
@@ -179,13 +183,41 @@ def test_fp16_overflow_skips_only_its_segment() -> None:
     teacher = tiny_teacher(SMALL, CLASSES, dtype=torch.float32)
     initial = pixels(0, 4).float()
     with GroupedStep(config, [teacher], initial, torch.arange(4), [0, 2, 4], low=LOW, high=HIGH) as step:
-        step.scale[0] = 1e30
+        state = step.tensors()
+        state["scale"][0] = 1e30
         before = step.images.clone()
         step.iterate(table(config, [0, 1], 0, SIZE))
         assert torch.equal(step.images[:2], before[:2])
-        assert (step.exp_avg[:2] == 0).all()
+        assert (state["exp_avg"][:2] == 0).all()
         assert not torch.equal(step.images[2:], before[2:])
-        assert step.scale.tolist() == pytest.approx([5e29, 2.0**16])
+        assert state["scale"].tolist() == pytest.approx([5e29, 2.0**16])
+
+
+def test_a_methods_own_term_is_summed_and_recorded() -> None:
+    """One more term in the method's object: a column of its name behind the others, and its share of total and gradient."""
+
+    def roughness(out: Outputs) -> torch.Tensor:
+        return out.mean(out.images.diff(dim=3).square().flatten(1).mean(1) * out.z.norm(dim=1))
+
+    term = Term("roughness", lambda recipe, alpha: 0.5, roughness, frozenset({"z"}))
+    base = METHODS["sre2l++"]
+    register_method("rough", dataclasses.replace(base, losses=(*base.losses, term)))
+    try:
+        found = {}
+        for method in ("sre2l++", "rough"):
+            config = tiny_config(method, classes=CLASSES, iterations=(2,))
+            with one_segment(config, teachers_of(method), torch.float64) as step:
+                assert step.columns == ((*TERMS, "roughness") if method == "rough" else TERMS)
+                view, draws = step.images.clone().requires_grad_(), torch.tensor([[0, 0, SIZE, SIZE, 0, 0, 0]])
+                (penalty,) = torch.autograd.grad(view.diff(dim=3).square().flatten(1).mean(1).mean(), view)
+                found[method] = step.iterate(draws)[0], step.gradient, penalty
+    finally:
+        del METHODS["rough"]
+    (plain, gradient, penalty), (rough, total, _) = found["sre2l++"], found["rough"]
+    assert torch.equal(rough[1:6], plain[1:6])
+    assert rough[6] > 0
+    torch.testing.assert_close(rough[0], plain[0] + 0.5 * rough[6])
+    torch.testing.assert_close(total, gradient + 0.5 * penalty, rtol=1e-7, atol=1e-9)
 
 
 class _Watch(TorchDispatchMode):
@@ -223,7 +255,7 @@ def fused_pool(dtype: torch.dtype, precision: str) -> list:
     return [fuse(teacher, map_dtype(precision, dtype)) for teacher in teachers_of("fadrm+", dtype)]
 
 
-def several_segments(config: DistillConfig, dtype: torch.dtype = torch.float32, **settings: object) -> GroupedStep:
+def several_segments(config: Recipe, dtype: torch.dtype = torch.float32, **settings: object) -> GroupedStep:
     """Three segments of 2, 3 and 1 rows; committees that differ where the method chooses among the teachers."""
     offsets, pool = [0, 2, 5, 6], fused_pool(dtype, config.precision)
     teachers = pool if METHODS[config.method].least > 1 else pool[:1]
@@ -246,7 +278,7 @@ def several_segments(config: DistillConfig, dtype: torch.dtype = torch.float32, 
     )
 
 
-def whole_table(config: DistillConfig, segments: int) -> torch.Tensor:
+def whole_table(config: Recipe, segments: int) -> torch.Tensor:
     """The draws of every iteration, each for the side of its phase."""
     sides = [side for side, count in zip(config.sizes, config.iterations, strict=True) for _ in range(count)]
     return torch.stack([table(config, list(range(segments)), t, side) for t, side in enumerate(sides)])
@@ -265,13 +297,11 @@ def test_an_iteration_asks_nothing_of_the_host(
     # only on a CPU: oneDNN packs weights for each new shape, and forms are compared
     monkeypatch.setattr(packed, "supports", lambda dtype: False)
     config = tiny_config(method, classes=CLASSES, precision=precision, **changes)
-    with several_segments(config) as step:
-        if on_device:
-            step._table = DeviceTable(3, step.device)
+    with several_segments(config, table=DeviceTable(3, CPU) if on_device else None) as step:
         step.load_table(whole_table(config, 3), None, 0)
         begins = [sum(config.iterations[:p]) for p in range(len(config.iterations))]
         while not step.finished:
-            known = step.iteration - max(b for b in begins if b <= step.iteration) >= len(step._schedule)
+            known = step.iteration - max(b for b in begins if b <= step.iteration) >= len(step.schedule)
             with _Watch() as watch:
                 step.iterate()
             assert watch.read == []
@@ -291,9 +321,8 @@ def test_a_table_gives_the_bytes_of_draws(method: str, changes: dict) -> None:
     draws = whole_table(config, 3)
     found, losses = [], []
     for mode in ("draws", "whole", "pieces", "device", "device draws"):
-        with several_segments(config, torch.float64) as step:
-            if mode.startswith("device"):
-                step._table = DeviceTable(3, step.device)
+        where = DeviceTable(3, CPU) if mode.startswith("device") else None
+        with several_segments(config, torch.float64, table=where) as step:
             if mode in ("whole", "device"):
                 step.load_table(draws.numpy(), None, 0)
             rows = []
@@ -320,7 +349,7 @@ def test_given_rates_are_used() -> None:
         for _ in range(3):
             step.iterate()
         assert torch.equal(step.images, before)
-        assert (step.exp_avg != 0).any()
+        assert (step.tensors()["exp_avg"] != 0).any()
 
 
 def test_a_table_longer_than_its_buffer() -> None:
@@ -374,26 +403,28 @@ def test_tables_are_checked(arguments: tuple, message: str) -> None:
             step.iterate()
 
 
-class _Full:
-    """Stands for a teacher whose pass runs out of memory at one iteration."""
+class _Full(PixelAdam):
+    """An update that runs out of memory where it is told to; it also makes other places do so."""
 
-    def __init__(self, step: GroupedStep, at: int, place: str, monkeypatch: pytest.MonkeyPatch):
-        self.armed = True
+    armed = False
 
-        def fail(real: object, due: object) -> object:
-            def call(*args: object, **kwargs: object) -> object:
-                if self.armed and step.iteration == at and due():
-                    raise torch.OutOfMemoryError("CUDA out of memory (made up)")
-                return real(*args, **kwargs)
+    def __call__(self, *arguments: object) -> torch.Tensor:
+        self.fail("update")
+        return super().__call__(*arguments)
 
-            return call
+    def arm(self, step: GroupedStep, at: int, place: str) -> None:
+        self.step, self.at, self.place, self.armed = step, at, place, True
 
-        if place == "teacher":
-            monkeypatch.setattr(step._fused[-1].body, "forward", fail(step._fused[-1].body.forward, lambda: True))
-        elif place == "update":
-            monkeypatch.setattr(step, "_update", fail(step._update, lambda: True))
-        else:
-            monkeypatch.setattr(torch, "zeros_like", fail(torch.zeros_like, lambda: True))
+    def fail(self, place: str) -> None:
+        if self.armed and self.place == place and self.step.iteration == self.at:
+            raise torch.OutOfMemoryError("CUDA out of memory (made up)")
+
+    def before(self, place: str, function: object) -> object:
+        def call(*arguments: object, **named: object) -> object:
+            self.fail(place)
+            return function(*arguments, **named)
+
+        return call
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -408,11 +439,13 @@ def test_out_of_memory_changes_nothing(at: int, place: str, on_device: bool, mon
         while not step.finished:
             step.iterate(draws[step.iteration])
         wanted = step.state()
-    with several_segments(config) as step:
-        if on_device:
-            step._table = DeviceTable(3, step.device)
+    failing = _Full(config, LOW.float(), HIGH.float())
+    body = fused_pool(torch.float32, "fp32")[-1].body
+    monkeypatch.setattr(body, "forward", failing.before("teacher", body.forward))
+    monkeypatch.setattr(torch, "zeros_like", failing.before("phase", torch.zeros_like))
+    with several_segments(config, table=DeviceTable(3, CPU) if on_device else None, update=failing) as step:
         step.load_table(draws, None, 0)
-        failing = _Full(step, at, place, monkeypatch)
+        failing.arm(step, at, place)
         while step.iteration < at:
             step.iterate()
         before = step.state()
@@ -436,19 +469,19 @@ def test_out_of_memory_changes_nothing(at: int, place: str, on_device: bool, mon
                 assert torch.equal(value, wanted[name])
 
 
-def test_out_of_memory_lets_go_of_the_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_lets_go_of_the_activations() -> None:
     config = tiny_config("sre2l++", classes=CLASSES, iterations=(2,), precision="fp32")
     kept = []
-    with one_segment(config, teachers_of("sre2l++", torch.float32)) as step:
-        draws = whole_table(config, 1)
 
-        def fail(gradient: torch.Tensor, *_: object) -> None:
+    class Failing(PixelAdam):
+        def __call__(self, state: object, gradient: torch.Tensor, *_: object) -> torch.Tensor:
             kept.append(weakref.ref(gradient))
             raise torch.OutOfMemoryError("made up")
 
-        monkeypatch.setattr(step, "_update", fail)
+    update = Failing(config, LOW.float(), HIGH.float())
+    with one_segment(config, teachers_of("sre2l++", torch.float32), update=update) as step:
         with pytest.raises(torch.OutOfMemoryError) as caught:
-            step.iterate(draws[0])
+            step.iterate(whole_table(config, 1)[0])
         assert caught.value.__traceback__ is not None
         assert kept[0]() is None
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from fd2fast.config import DistillConfig
+from fd2fast.recipe import Recipe
 
 
 class _BatchNormLosses:
@@ -72,38 +72,36 @@ def similarity_loss(attention: Tensor, priors: Sequence[Tensor], eps: float) -> 
 
 
 def segment_loss(
-    teacher: Any, view: Tensor, labels: Tensor, priors: Sequence[Tensor], config: DistillConfig
+    teacher: Any, view: Tensor, labels: Tensor, priors: Sequence[Tensor], recipe: Recipe
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one segment under one teacher (Eq. 12 with the base method's loss), and its terms.
 
     view: augmented images [n, 3, S, S]; labels: int [n]; priors: per sample the attention [p, M, h, w] of the finished
     images of its class and group (empty: L_S is 0). The base method alone uses the backbone branch only.
     """
-    assert config.r_bn is not None
-    assert config.lam is not None
     alpha = 0.0
-    if config.fd2:
-        alpha = teacher.alpha if config.alpha is None else config.alpha
+    if recipe.fd2:
+        alpha = teacher.alpha if recipe.alpha is None else recipe.alpha
     with _BatchNormLosses(teacher.bn_layers()) as hooks:
         out = teacher(view)
         distances = hooks.losses if alpha > 0 else hooks.losses[:-1]
-    bn = distances[0] * config.first_bn_multiplier
+    bn = distances[0] * recipe.first_bn_multiplier
     for distance in distances[1:]:
         bn = bn + distance
     ce_backbone = F.cross_entropy(out.logits, labels)
     terms = {"ce_backbone": ce_backbone, "bn": bn}
-    if not config.fd2:
-        return ce_backbone + config.r_bn * bn, terms
+    if not recipe.fd2:
+        return ce_backbone + recipe.r_bn * bn, terms
 
-    prototypes = teacher.prototypes_ema if config.prototypes == "ema" else teacher.prototypes_last
+    prototypes = teacher.prototypes_ema if recipe.prototypes == "ema" else teacher.prototypes_last
     ce_cal = F.cross_entropy(out.cal_logits, labels)
-    l_f = characteristic_loss(out.z, prototypes, labels, config.beta, config.eps)
-    l_s = similarity_loss(out.attention, priors, config.eps)
+    l_f = characteristic_loss(out.z, prototypes, labels, recipe.beta, recipe.eps)
+    l_s = similarity_loss(out.attention, priors, recipe.eps)
     terms |= {"ce_cal": ce_cal, "l_f": l_f, "l_s": l_s}
-    total = (1 - alpha) * ce_backbone + alpha * ce_cal + config.r_bn * bn + config.lam * l_f
-    if config.ls_threshold is None or l_s.item() >= config.ls_threshold:
-        total = total + (1 - config.lam) * l_s
-    if config.keep_base_ce:
+    total = (1 - alpha) * ce_backbone + alpha * ce_cal + recipe.r_bn * bn + recipe.lam * l_f
+    if recipe.ls_threshold is None or l_s.item() >= recipe.ls_threshold:
+        total = total + (1 - recipe.lam) * l_s
+    if recipe.keep_base_ce:
         total = total + ce_backbone
     return total, terms
 
@@ -119,9 +117,9 @@ def crop_flip_roll(images: Tensor, draw: Sequence[int], size: int) -> Tensor:
     return torch.roll(view, shifts=(down, right), dims=(2, 3))
 
 
-def committee_weights(teachers: Sequence[Any], config: DistillConfig) -> list[float]:
+def committee_weights(teachers: Sequence[Any], recipe: Recipe) -> list[float]:
     """Equal, or softmax(accuracy in percent / 5) over the teachers (CV-DD's prior)."""
-    if config.teacher_weights == "equal":
+    if recipe.teacher_weights == "equal":
         return [1 / len(teachers)] * len(teachers)
     accuracies = torch.tensor([teacher.accuracy for teacher in teachers], dtype=torch.float64)
     return torch.softmax(accuracies / 5, dim=0).tolist()
@@ -144,7 +142,7 @@ def optimise_segment(
     labels: Tensor,
     teachers: Sequence[Any],
     draws: Sequence[Sequence[int]],
-    config: DistillConfig,
+    recipe: Recipe,
     *,
     low: Sequence[float],
     high: Sequence[float],
@@ -155,40 +153,36 @@ def optimise_segment(
     """All iterations of one segment; the images [n, 3, S, S] at the end, in the type of `initial`.
 
     initial: normalised images at full size; labels: int [n]; teachers: eval mode, in their order, the image's committee
-    only; draws: int [T, 7], one line per iteration over all phases; config: resolved; low, high: [3] bounds of the
+    only; draws: int [T, 7], one line per iteration over all phases; low, high: [3] bounds of the
     normalised pixels; priors[teacher][sample]: [p, M, h, w]; iterations: stop after so many; watch(t, images, grad,
     terms): called before each update, terms of the last teacher of the iteration.
     """
-    assert config.iterations is not None
-    assert config.sizes is not None
-    assert config.residual is not None
-    assert config.lr is not None
-    total = sum(config.iterations)
+    total = sum(recipe.iterations)
     if priors is None:
         priors = [[initial.new_zeros(0, 1, 1, 1)] * len(labels)] * len(teachers)
-    weights = committee_weights(teachers, config)
-    images = _resized(initial, config.sizes[0]).clone()
+    weights = committee_weights(teachers, recipe)
+    images = _resized(initial, recipe.sizes[0]).clone()
     t = 0
-    for phase, (budget, size) in enumerate(zip(config.iterations, config.sizes, strict=True)):
+    for phase, (budget, size) in enumerate(zip(recipe.iterations, recipe.sizes, strict=True)):
         if phase > 0:
             images = _resized(images, size)
-            images = config.residual * images + (1 - config.residual) * _resized(initial, size)
+            images = recipe.residual * images + (1 - recipe.residual) * _resized(initial, size)
         images = images.detach().clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([images], lr=config.lr, betas=config.betas, eps=config.adam_eps)
+        optimizer = torch.optim.Adam([images], lr=recipe.lr, betas=recipe.betas, eps=recipe.adam_eps)
         for _ in range(budget):
             if t == iterations:
                 return images.detach()
             for group in optimizer.param_groups:
-                group["lr"] = 0.5 * (1 + math.cos(math.pi * t / total)) * config.lr
+                group["lr"] = 0.5 * (1 + math.cos(math.pi * t / total)) * recipe.lr
             view = crop_flip_roll(images, draws[t], size)
             optimizer.zero_grad()
-            if config.teacher_schedule == "round_robin":
+            if recipe.teacher_schedule == "round_robin":
                 turn = t % len(teachers)
-                loss, terms = segment_loss(teachers[turn], view, labels, priors[turn], config)
+                loss, terms = segment_loss(teachers[turn], view, labels, priors[turn], recipe)
             else:
                 loss = images.new_zeros(())
                 for weight, teacher, prior in zip(weights, teachers, priors, strict=True):
-                    part, terms = segment_loss(teacher, view, labels, prior, config)
+                    part, terms = segment_loss(teacher, view, labels, prior, recipe)
                     loss = loss + weight * part
             loss.backward()
             if watch is not None and images.grad is not None:

@@ -9,6 +9,7 @@ height + 1)), left = floor(u3 (n - width + 1)). After ten failures: the largest 
 Block j = 10: flip = u0 < 1/2, roll_down = floor(u1 (jitter + 1)), roll_right = floor(u2 (jitter + 1)).
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -51,19 +52,26 @@ def make_plan(
     memory_limit: int | None = None,
     bytes_fixed: int = 0,
     bucket_sizes: list[int] | tuple[int, ...] | None = None,
+    layout: str = "across",
 ) -> PlanLists:
     """The plan by its definition; arguments and ValueErrors of fd2fast.planner.make_plan."""
     _at_least("classes", classes, 1)
     _at_least("ipc", ipc, 1)
     _at_least("group_size", group_size, 1)
-    size = min(100, classes) if segment_size is None else segment_size
+    # along what a segment extends: classes, or the images of one class
+    extent, others = (classes, ipc) if layout == "across" else (ipc, classes)
+    size = (min(100, classes) if layout == "across" else ipc) if segment_size is None else segment_size
     _at_least("segment_size", size, 1)
+    if layout == "within" and group_size != 1:
+        raise ValueError(f"group_size must be 1 for segments within a class, got {group_size}")
+    if layout == "within" and size > ipc:
+        raise ValueError(f"segment larger than the images of a class: {size} > {ipc}")
     if segments_per_step != "max":
         _at_least("segments_per_step", int(segments_per_step), 1)
     if (memory_limit is None) != (bytes_per_row is None):
         raise ValueError("memory_limit and bytes_per_row go together")
-    if size > classes:
-        raise ValueError(f"segment larger than the class count: {size} > {classes}")
+    if size > extent:
+        raise ValueError(f"segment larger than the class count: {size} > {extent}")
 
     limits = []
     if max_rows_per_step is not None:
@@ -82,29 +90,37 @@ def make_plan(
         limits.append((memory_limit - bytes_fixed) // bytes_per_row)
     max_rows = min(limits, default=0)
 
-    blocks = [(first, min(first + size, classes)) for first in range(0, classes, size)]
-    if len(blocks) * ipc > MOST:
-        raise ValueError(f"number of segments must be at most {MOST}, got {len(blocks) * ipc}")
+    blocks = [(first, min(first + size, extent)) for first in range(0, extent, size)]
+    if len(blocks) * others > MOST:
+        raise ValueError(f"number of segments must be at most {MOST}, got {len(blocks) * others}")
     rest = ipc % group_size
     priors = ipc // group_size * math.comb(group_size, 2) + math.comb(rest, 2)
     if len(blocks) * priors > MOST:
         raise ValueError(f"number of priors must be at most {MOST}, got {len(blocks) * priors}")
-    groups = -(-ipc // group_size)
+    groups = -(-others // group_size)
     limit = len(blocks) * groups if segments_per_step == "max" else int(segments_per_step)
     plan = PlanLists(limit, max_rows, [], [], [], [], [], [], [], [0], [], [], [0])
-    for image in range(ipc):
-        for b, (first, end) in enumerate(blocks):
+    counts: list[int] = []
+    for image, (b, (first, end)) in itertools.product(range(others), enumerate(blocks)):
+        counts.append(end - first)
+        plan.block.append(b)
+        if layout == "within":
+            plan.first_class.append(image)
+            plan.end_class.append(image + 1)
+            plan.image_id.append(first)
+            plan.group.append(first)
+            plan.slot.append(0)
+        else:
             plan.first_class.append(first)
             plan.end_class.append(end)
-            plan.block.append(b)
             plan.image_id.append(image)
             plan.group.append(image // group_size)
             plan.slot.append(image % group_size)
             plan.prior_segments += [i * len(blocks) + b for i in range(image - image % group_size, image)]
-            plan.prior_offsets.append(len(plan.prior_segments))
+        plan.prior_offsets.append(len(plan.prior_segments))
 
     def rows(s: int) -> int:
-        return plan.end_class[s] - plan.first_class[s]
+        return counts[s]
 
     for wave in range(min(group_size, ipc)):
         waiting = sorted((s for s, slot in enumerate(plan.slot) if slot == wave), key=lambda s: (-rows(s), s))

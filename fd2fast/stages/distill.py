@@ -38,7 +38,7 @@ from fd2fast.graph import Job, StageSpec
 from fd2fast.inputs import Draws, Inputs
 from fd2fast.lock import released_at_end
 from fd2fast.memory import StepMemory, beyond_memory, free_bytes, measure, too_small
-from fd2fast.methods import BASELINES, check_teachers, patch_factor, resolve
+from fd2fast.methods import BASELINES, check_teachers, columns_of, filled, method_of, patch_factor
 from fd2fast.methods import faults as check_settings
 from fd2fast.models.convolution import Choices
 from fd2fast.models.fused import FusedTeacher, fuse
@@ -48,8 +48,9 @@ from fd2fast.models.teacher import load_teacher
 from fd2fast.models.tune import tune
 from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.planner import Plan, make_plan
+from fd2fast.recipe import Recipe, recipe_of
 from fd2fast.space import Space
-from fd2fast.step import TERMS, map_dtype
+from fd2fast.step import map_dtype
 from fd2fast.workers import Workers, current, local_count
 
 logger = logging.getLogger("fd2fast")
@@ -106,7 +107,8 @@ def run(
             _select(config, stage, dataset, teachers[0] if teachers else None, patches, device)
         workers.wait()
     else:
-        iterations = _optimise(config, stage, dataset, teachers, patches, device, draws, prior_draws, workers)
+        recipe = recipe_of(config)
+        iterations = _optimise(recipe, stage, dataset, teachers, patches, device, draws, prior_draws, workers)
 
     def finish() -> Images:
         if workers.rank:
@@ -150,22 +152,21 @@ def faults(
         return found + data.short(config.ipc, f"{config.method} at IPC {config.ipc}")
     if config.method in BASELINES:
         return found
-    assert full.sizes is not None
-    assert full.segment_size is not None
-    sides = dict.fromkeys(full.sizes)
+    recipe = recipe_of(full)
+    sides = dict.fromkeys(recipe.sizes)
     told = [fault for model in models for side in sides for fault in _said(probe, model, len(data.classes), side)]
     if told or not models:
         return found + told
-    rows = min(full.segment_size, len(data.classes))
+    rows = recipe.segment_size
     kept = max(probe(model, len(data.classes), max(sides)).kept for model in models)
     # half of the maps of the narrowest type: what is surely kept, whatever a device shares or makes again
-    needed = rows * kept * {"fp64": 8, "fp32": 4, "tf32": 4}.get(full.precision, 2) // 2
-    return found + beyond_memory(f"distill {config.method}: a segment of {rows} classes", needed, config.device)
+    needed = rows * kept * {"fp64": 8, "fp32": 4, "tf32": 4}.get(recipe.precision, 2) // 2
+    return found + beyond_memory(f"distill {config.method}: a segment of {rows} images", needed, config.device)
 
 
 def settled(config: DistillConfig, data: Outline) -> DistillConfig:
     """The settings as the artifact records them."""
-    return resolve(settle_precision(config), classes=len(data.classes), size=data.size, dataset=data.name)
+    return filled(settle_precision(config), classes=len(data.classes), size=data.size, dataset=data.name)
 
 
 def space(config: DistillConfig, data: Outline) -> Space:
@@ -198,7 +199,7 @@ def _begin(stage: Stage[Images], given: dict[str, Any]) -> None:
 
 
 def _optimise(
-    config: DistillConfig,
+    recipe: Recipe,
     stage: Stage[Images],
     dataset: Dataset,
     teachers: Sequence[TeacherArtifact],
@@ -209,38 +210,37 @@ def _optimise(
     workers: Workers,
 ) -> int:
     """Plan, run the steps, draw the overviews; the iterations done by this process."""
-    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
     loaded = [load_teacher(t, device, dtype) for t in teachers]
-    assert config.sizes is not None
     for teacher in loaded:
-        for side in sorted(set(config.sizes) - {dataset.size}):
-            must_see(teacher.name, teacher.backbone, side, native=dataset.size, whose=f"{config.method} uses")
+        for side in sorted(set(recipe.sizes) - {dataset.size}):
+            must_see(teacher.name, teacher.backbone, side, native=dataset.size, whose=f"{recipe.method} uses")
 
     choices = Choices()
 
     @functools.cache
     def fused() -> list[FusedTeacher]:
-        made = [fuse(teacher, map_dtype(config.precision, dtype)) for teacher in loaded]
+        made = [fuse(teacher, map_dtype(recipe.precision, dtype)) for teacher in loaded]
         for teacher in made:
             if teacher.fallbacks:
                 logger.info("teacher %s: with ordinary autograd: %s", teacher.name, ", ".join(teacher.fallbacks))
             teacher.choose_by(choices)
         return made
 
-    with repeatable(allow_tf32=config.precision == "tf32"):
+    with repeatable(allow_tf32=recipe.precision == "tf32"):
         plan, memory = _plan(
-            config,
+            recipe,
             len(dataset.classes),
             device,
             stage.state / "plan.json",
-            lambda: measure(config, fused(), device),
+            lambda: measure(recipe, fused(), device),
             workers,
         )
-        choices.take(_convolutions(config, plan, stage.state / "convolutions.json", fused, workers))
+        choices.take(_convolutions(recipe, plan, stage.state / "convolutions.json", fused, workers))
         inputs = Inputs(
-            config, plan, dataset, patches, loaded, stage.path, device, draws=draws, prior_draws=prior_draws
+            recipe, plan, dataset, patches, loaded, stage.path, device, draws=draws, prior_draws=prior_draws
         )
-        engine = Engine(config, stage, inputs, fused, memory, workers)
+        engine = Engine(recipe, stage, inputs, fused, memory, workers)
         iterations = engine.run()
         if workers.rank == 0:
             _write_overviews(engine, stage.path, choices.chosen)
@@ -317,7 +317,7 @@ def _select(
 
 
 def _plan(
-    config: DistillConfig,
+    recipe: Recipe,
     classes: int,
     device: torch.device,
     recorded: Path,
@@ -331,22 +331,22 @@ def _plan(
         if recorded.is_file():
             memory = StepMemory(**read_json(known)) if known.is_file() else None
             return Plan.from_json(read_json(recorded)), memory
-        assert config.segment_size is not None
         memory = measured()
-        limit = free_bytes(device) if config.memory_limit is None else int(config.memory_limit * 1e9)
+        limit = free_bytes(device) if recipe.memory_limit is None else int(recipe.memory_limit * 1e9)
         if device.type == "cpu":
             limit //= local_count()
-        rows = min(config.segment_size, classes)
+        rows = recipe.segment_size
         if memory.of(rows) > limit:
-            raise too_small(memory, rows, limit, config.precision)
+            raise too_small(memory, rows, limit, recipe.precision)
         wanted = functools.partial(
             make_plan,
             classes,
-            config.ipc,
-            group_size=config.group_size if config.fd2 else 1,
-            segment_size=config.segment_size,
-            segments_per_step=config.segments_per_step or "max",
-            max_rows_per_step=None if config.segments_per_step else max(rows, _FAST_ROWS[device.type]),
+            recipe.ipc,
+            group_size=recipe.group_size if recipe.fd2 else 1,
+            segment_size=recipe.segment_size,
+            layout=method_of(recipe.method).layout,
+            segments_per_step=recipe.segments_per_step or "max",
+            max_rows_per_step=None if recipe.segments_per_step else max(rows, _FAST_ROWS[device.type]),
         )
         plan = wanted()
         most = max(int(plan.rows(step.segments)[-1]) for step in plan.steps())
@@ -363,7 +363,7 @@ def _plan(
 
 
 def _convolutions(
-    config: DistillConfig,
+    recipe: Recipe,
     plan: Plan,
     recorded: Path,
     fused: Callable[[], Sequence[FusedTeacher]],
@@ -375,9 +375,8 @@ def _convolutions(
         if recorded.is_file():
             known = read_json(recorded)
             return {str(kind): str(name) for kind, name in known.items()}
-        assert config.sizes is not None
         rows = max(int(plan.rows(step.segments)[-1]) for step in plan.steps())
-        chosen = dict(tune(fused(), rows, config.sizes).chosen)
+        chosen = dict(tune(fused(), rows, recipe.sizes).chosen)
         write_json(recorded, chosen)
         return chosen
 
@@ -386,7 +385,7 @@ def _convolutions(
 
 def _write_overviews(engine: Engine, path: Path, convolutions: Mapping[str, str]) -> None:
     """plan.json with the steps and algorithms as they were run, the losses with their picture, and the picture of the images."""
-    plan = engine.plan
+    plan, columns = engine.plan, columns_of(engine.recipe)
     found: dict[int, dict[str, Any]] = {}
     steps: list[list[int]] = []
     for record in engine.records():
@@ -395,27 +394,37 @@ def _write_overviews(engine: Engine, path: Path, convolutions: Mapping[str, str]
         for position, segment in enumerate(segments):
             found[segment] = {
                 "classes": [int(plan.first_class[segment]), int(plan.end_class[segment])],
-                "image_id": int(plan.image_id[segment]),
+                **_images_of(plan, segment),
                 "slot": int(plan.slot[segment]),
                 "iterations": [iteration for iteration, _ in lines],
-                **{term: [rows[position][t] for _, rows in lines] for t, term in enumerate(TERMS)},
+                **{term: [rows[position][t] for _, rows in lines] for t, term in enumerate(columns)},
             }
     write_json(path / Images.PLAN, {**plan.to_json(), "steps": steps, "convolutions": dict(convolutions)})
     segments_in_order = {str(s): found[s] for s in sorted(found)}
-    losses = {"mean_over_iterations_up_to": True, "terms": list(TERMS), "segments": segments_in_order}
+    losses = {"mean_over_iterations_up_to": True, "terms": list(columns), "segments": segments_in_order}
     write_json(path / Images.LOSSES, losses)
-    picture(path / Images.LOSSES_PICTURE, lambda: _losses(list(segments_in_order.values()), engine.config))
+    picture(path / Images.LOSSES_PICTURE, lambda: _losses(list(segments_in_order.values()), engine.recipe))
     picture(path / Images.GRID, lambda: _grid(engine.inputs))
+
+
+def _images_of(plan: Plan, segment: int) -> dict[str, Any]:
+    """The segment's image id, or its first and the one after its last."""
+    first = int(plan.image_id[segment])
+    return {"image_id": first} if plan.layout == "across" else {"image_ids": [first, int(plan.end_image[segment])]}
 
 
 def _grid(inputs: Inputs) -> bytes:
     """One row per class: the initial image of id 0, then the distilled images."""
     dataset = inputs.dataset
     classes = min(_GRID_CLASSES, len(dataset.classes))
-    ids = min(_GRID_IDS, inputs.config.ipc)
-    blocks = -(-classes // inputs.plan.segment_size)
-    initial = torch.cat([inputs.initial_images(block) for block in range(blocks)])[:classes]
-    first = quantize(initial, dataset.mean, dataset.std, "round")
+    ids = min(_GRID_IDS, inputs.recipe.ipc)
+    initial: dict[int, Tensor] = {}
+    shown = (inputs.plan.image_id == 0) & (inputs.plan.first_class < classes)
+    for segment in np.flatnonzero(shown).tolist():
+        for (label, image_id), image in zip(inputs.cells(segment), inputs.initial_images(segment), strict=True):
+            if image_id == 0:
+                initial[label] = image
+    first = quantize(torch.stack([initial[k] for k in range(classes)]), dataset.mean, dataset.std, "round")
     cells: list[Tensor] = []
     for label in range(classes):
         cells.append(first[label])
@@ -425,9 +434,9 @@ def _grid(inputs: Inputs) -> bytes:
 
 
 @plotting()
-def _losses(segments: Sequence[dict[str, Any]], config: DistillConfig) -> bytes:
+def _losses(segments: Sequence[dict[str, Any]], recipe: Recipe) -> bytes:
     """Each loss term over the iterations: mean of all segments and the range between them."""
-    shown = [t for t in TERMS if any(any(s[t]) for s in segments)]
+    shown = [t for t in columns_of(recipe) if any(any(s[t]) for s in segments)]
     drawn = figure(3.2 * max(1, len(shown)), 2.6, layout="constrained")
     for column, term in enumerate(shown):
         used = [s for s in segments if term != "l_s" or any(s[term])]
@@ -437,7 +446,7 @@ def _losses(segments: Sequence[dict[str, Any]], config: DistillConfig) -> bytes:
         axes.plot(used[0]["iterations"], values.mean(0))
         axes.set_title(term)
         axes.set_xlabel("iteration")
-    drawn.suptitle(f"{config.method}: {len(segments)} segments, mean and range")
+    drawn.suptitle(f"{recipe.method}: {len(segments)} segments, mean and range")
     return png(drawn, 90)
 
 
@@ -465,6 +474,7 @@ SPEC = StageSpec(
     faults,
     shared=True,
     examples=(
+        "{methods}",
         "fd2fast distill --dataset D --teachers T --patches P --method sre2l++_fd2 --ipc 5 --out runs/cub/images/sre2l++_fd2",
         "On several GPUs (or machines that share the folder), with the same bytes as on one:",
         "torchrun --nproc-per-node 8 -m fd2fast distill --dataset D --teachers T --patches P --ipc 5 --out I",

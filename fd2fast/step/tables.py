@@ -72,7 +72,7 @@ class DeviceTable:
         self._first, self._count = 0, 0
         # the position on the device as the host knows it; None: unknown
         self._known: int | None = None
-        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self._rows = self._empty(_LEAST_ROWS)
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
         self._turn = 0
@@ -119,18 +119,21 @@ class DeviceTable:
     def seek(self, iteration: int) -> None:
         """Make this iteration's row the current one; does nothing where the device has come there by itself."""
         if self._known != iteration:
-            self._position.fill_(iteration - self._first)
+            self.position.fill_(iteration - self._first)
             self._known = iteration
 
     def row(self) -> Row:
         """The current row, read on the device."""
-        line = self._rows.index_select(0, self._position)[0]
+        line = self._rows.index_select(0, self.position)[0]
         return Row(line[:-2].view(self._segments, COLUMNS), line[-2:-1].view(torch.float64)[0], line[-1])
 
     def advance(self) -> None:
         """Part of an iteration: on to the next row, on the device."""
-        self._position.add_(1)
+        self.position.add_(1)
 
     def settle(self, advanced: bool) -> None:
         """Told by the host after an iteration: whether it ran to its end."""
         self._known = self._known + 1 if advanced and self._known is not None else None
+
+
+Table = HostTable | DeviceTable
