@@ -7,6 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,22 @@ _TEST_BATCH = 128
 _PICTURES = 8
 
 
-def resolve(config: PretrainConfig, dataset_name: str) -> PretrainConfig:
-    """The config with `attention_maps` and `alpha` filled: the paper's for this data set and backbone, else 8 and 0.5."""
+@dataclass(frozen=True)
+class Resolved(PretrainConfig):
+    """The settings with nothing left open."""
+
+    attention_maps: int = OTHERWISE[0]
+    alpha: float = OTHERWISE[1]
+
+
+def resolve(config: PretrainConfig, dataset_name: str) -> Resolved:
+    """`attention_maps` and `alpha` filled: the paper's for this data set and backbone, else 8 and 0.5."""
     name = canonical_name(config.model).removesuffix("_x0.5")
     maps, alpha = PAPER_SETTINGS.get(dataset_name, {}).get(name, OTHERWISE)
-    return replace(
-        config,
-        attention_maps=maps if config.attention_maps is None else config.attention_maps,
-        alpha=alpha if config.alpha is None else config.alpha,
-    )
+    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    given["attention_maps"] = maps if config.attention_maps is None else config.attention_maps
+    given["alpha"] = alpha if config.alpha is None else config.alpha
+    return Resolved(**given)
 
 
 @released_at_end()
@@ -267,9 +275,7 @@ def batches(count: int, batch_size: int, order: Tensor) -> list[Tensor]:
 class _Trainer:
     """The teacher in training: everything an epoch changes is in `state()`."""
 
-    def __init__(self, config: PretrainConfig, train: ImageSet, test: ImageSet, device: torch.device):
-        assert config.attention_maps is not None
-        assert config.alpha is not None
+    def __init__(self, config: Resolved, train: ImageSet, test: ImageSet, device: torch.device):
         self.config, self.train, self.test, self.device = config, train, test, device
         self.alpha = config.alpha
         self.head_trained = config.alpha > 0
