@@ -325,7 +325,7 @@ def test_max_pooling_keeps_one_byte_per_output(backend, layer, dtype):
 def test_max_pooling_by_the_kernel(monkeypatch):
     """Where the dispatch takes it, as on a GPU."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(frozen._dispatch, "choose", lambda name, tensors, backend: "triton")
+    monkeypatch.setattr(frozen._dispatch, "choose", lambda name, arguments, backend, **settings: "triton")
     layer = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
     x = torch.randn(2, 5, 8, 7).to(memory_format=torch.channels_last).requires_grad_()
     kept = []
