@@ -15,7 +15,7 @@ _EXTENSIONS = (
     ("_planner", "plans and iteration tables"),
     ("_crop", "crop_flip_roll on a CPU"),
     ("_adam", "adam_clamp_ on a CPU"),
-    ("_frozen", "the step's layers and distances on a CPU"),
+    ("_frozen", "the frozen layers and prototype_loss on a CPU"),
 )
 _PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pillow", "safetensors", "nvidia-dali-cuda130")
 

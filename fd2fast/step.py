@@ -19,7 +19,6 @@ from fd2fast.capture import Captures, CudaRecorder
 from fd2fast.config import DistillConfig
 from fd2fast.errors import UserError
 from fd2fast.models import cpu
-from fd2fast.models.frozen import prototype_loss
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher
 from fd2fast.tables import COLUMNS, DeviceTable, HostTable
@@ -391,7 +390,7 @@ class GroupedStep:
         if config.fd2:
             ce_cal = cross_entropy(out.cal_logits)
             prototypes = teacher.prototypes_ema if config.prototypes == "ema" else teacher.prototypes_last
-            l_f = mean(prototype_loss(out.z, prototypes, part.labels, beta=config.beta, eps=config.eps))
+            l_f = mean(ops.prototype_loss(out.z, prototypes, part.labels, beta=config.beta, eps=config.eps))
             total = total + alpha * ce_cal + config.lam * l_f
             prior = self._prior(task, tuple(out.attention.shape[-2:]))
             if prior is not None:

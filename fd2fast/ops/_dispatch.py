@@ -148,7 +148,7 @@ def run(op_name: str, backend: str, *arguments: Any, **settings: Any) -> Any:
 def unavailable(op_name: str, backend: str) -> str | None:
     """Why the operation's implementation by the backend cannot run in this process at all, or None."""
     implementation = _operations[op_name].get(backend)
-    return f"{op_name} has no {backend} backend" if implementation is None else implementation.missing()
+    return "none is registered" if implementation is None else implementation.missing()
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
