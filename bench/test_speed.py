@@ -40,9 +40,8 @@ SIZES = {
 # what a step on a CPU runs instead of a reference
 FAST: dict[str, Callable[..., Tensor]] = {
     "bilinear_attention_pool": lambda f, a, backend: frozen.attention_pool(f, a, eps=1e-6),
-    "prototype_loss": lambda z, c, labels, backend: frozen.prototype_loss(z, c, labels, beta=0.5, eps=1e-6),
 }
-CPU_PATHS = {*FAST, "crop_flip_roll"}
+CPU_PATHS = {*FAST, "crop_flip_roll", "prototype_loss"}
 WAYS = [(name, way) for name in SIZES for way in ("cpu", "reference") if way == "reference" or name in CPU_PATHS]
 
 

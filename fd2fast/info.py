@@ -15,7 +15,7 @@ _EXTENSIONS = (
     ("_planner", "plans and iteration tables"),
     ("_crop", "crop_flip_roll on a CPU"),
     ("_adam", "adam_clamp_ on a CPU"),
-    ("_frozen", "the step's layers and distances on a CPU"),
+    ("_frozen", "the frozen layers and prototype_loss on a CPU"),
 )
 _PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pillow", "safetensors", "nvidia-dali-cuda130")
 
@@ -41,7 +41,7 @@ def describe() -> str:
     else:
         lines.append(f"  cuda: none (torch built for CUDA {torch.version.cuda})")
     lines += ["", "C++ extensions", *(f"  {name:10} {use}: {_extension(name)}" for name, use in _EXTENSIONS)]
-    lines += ["", "operations (reference: on a CPU by the extensions where they apply)"]
+    lines += ["", "operations (the backend that auto takes first, and why none before it)"]
     from fd2fast.ops._dispatch import backends
 
     for name, (backend, reason) in backends().items():

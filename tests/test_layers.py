@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "planner": BASE | {"_planner"},
     "reference": {"errors", "planner", "recipe", "seeding"},
     "kernels": set(),
-    "ops": BASE | {"reference", "kernels", "_crop", "_adam"},
+    "ops": BASE | {"reference", "kernels", "_crop", "_adam", "_frozen"},
     "data": BASE
     | {"artifacts", "lock", "ops", "pictures", "progress", "ranges", "seeding", "sources", "space", "streams"},
     "models": BASE | {"_frozen", "artifacts", "causes", "device", "ops", "seeding"},

@@ -330,38 +330,3 @@ def winograd(x: Tensor, packed: Tensor, bias: Tensor | None, channels: int, padd
         torch.get_num_threads(),
     )
     return y
-
-
-def takes_vectors(*tensors: Tensor) -> bool:
-    """Whether `distances` and `pull` can work on these: CPU, fp32, two dimensions, contiguous, plain tensors."""
-    return (
-        _native is not None
-        and not torch.compiler.is_compiling()
-        and all(
-            type(t) is Tensor
-            and t.device.type == "cpu"
-            and t.dtype == torch.float32
-            and t.ndim == 2
-            and t.is_contiguous()
-            for t in tensors
-        )
-    )
-
-
-def distances(z: Tensor, prototypes: Tensor) -> Tensor:
-    """|z_n - c_k| [N, K] of z [N, D] and prototypes [K, D], from differences."""
-    assert _native is not None
-    out = torch.empty(len(z), len(prototypes))
-    sizes = len(z), len(prototypes), z.shape[1]
-    _native.distances(*sizes, z.data_ptr(), prototypes.data_ptr(), out.data_ptr(), torch.get_num_threads())
-    return out
-
-
-def pull(z: Tensor, prototypes: Tensor, weights: Tensor) -> Tensor:
-    """Sum over k of weights[n, k] (z_n - c_k), [N, D]."""
-    assert _native is not None
-    weights, out = weights.contiguous(), torch.empty_like(z)
-    sizes = len(z), len(prototypes), z.shape[1]
-    pointers = z.data_ptr(), prototypes.data_ptr(), weights.data_ptr(), out.data_ptr()
-    _native.pull(*sizes, *pointers, torch.get_num_threads())
-    return out

@@ -32,7 +32,6 @@ from fd2fast.ops import (
     max_pool,
     segment_statistics,
 )
-from fd2fast.ops import prototype_loss as _prototype_loss
 from fd2fast.ops.max_pool import pooled_size
 
 Segments = tuple[int, ...]
@@ -678,34 +677,3 @@ def attention_pool(features: Tensor, attention: Tensor, *, eps: float) -> Tensor
     if _dispatch.choose("bilinear_attention_pool", (features, attention), "auto") == "triton":
         return bilinear_attention_pool(features, attention, eps=eps)
     return _Pool.apply(features, attention, eps)
-
-
-class _Distances(torch.autograd.Function):
-    """|z_n - c_k| [N, K]; the gradient is 0 where it is 0."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, prototypes: Tensor) -> Tensor:
-        found = cpu.distances(z, prototypes)
-        ctx.save_for_backward(z, prototypes, found)
-        return found
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        z, prototypes, found = ctx.saved_tensors
-        return cpu.pull(z, prototypes, torch.where(found > 0, grad / found, 0.0)), None
-
-
-def prototype_loss(z: Tensor, prototypes: Tensor, labels: Tensor, *, beta: float, eps: float) -> Tensor:
-    """ops.prototype_loss (Eq. 9); in fp32 on the CPU with C++ distances.
-
-    Measured on an EPYC with AVX-512, 10 rows, 200 prototypes of 4096, one thread, forward and backward: torch.cdist without
-    products 10 ms, this 2 ms.
-    """
-    if not cpu.takes_vectors(z, prototypes) or len(prototypes) == 1:
-        return _prototype_loss(z, prototypes, labels, beta=beta, eps=eps)
-    norm = torch.linalg.vector_norm
-    apart = _Distances.apply(z, prototypes) / (norm(z, dim=1, keepdim=True) + norm(prototypes, dim=1) + eps)
-    own = apart.gather(1, labels.long()[:, None])
-    others = apart.scatter(1, labels.long()[:, None], 0.0).sum(dim=1) / (len(prototypes) - 1)
-    return beta * own[:, 0] + (1 - beta) * (1 - others)

@@ -1,41 +1,72 @@
-"""Chooses the backend of each operation and says why; imports no triton and no kernel before it runs."""
+"""The registry of each operation's backends: chooses one and says why not another; imports no triton and no kernel itself."""
 
 import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "reference")
+# By rank: each backend with the type of device on whose tensors "auto" takes it, None for any. Triton's interpreter runs
+# kernels on a CPU too; it is slow, so it has to be asked for by name.
+RANKED: dict[str, str | None] = {"triton": "cuda", "cpu": "cpu", "reference": None}
 
 _log = logging.getLogger("fd2fast.ops")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+def _nothing(*arguments: Any, **settings: Any) -> None:
+    """No reason against it."""
+
+
 @dataclass(frozen=True)
-class Operation:
-    """One operation: its name, the module of its kernels (None: there are none) and its own limits."""
+class Implementation:
+    """An operation's implementation by one backend; reasons are texts, None where there is nothing against it."""
 
-    name: str
-    kernel: str | None = None
-    # called with the tensors that choose() got; returns the reason against the kernel, or None
-    limits: Callable[[tuple[Tensor, ...]], str | None] | None = None
+    run: Callable[..., Any]
+    # called with the arguments of `run`: why it cannot take them
+    why_not: Callable[..., str | None]
+    # why it cannot run in this process at all
+    missing: Callable[[], str | None]
 
 
-_operations: dict[str, Operation] = {}
+_operations: dict[str, dict[str, Implementation]] = {}
 _logged: set[tuple[str, str]] = set()
 
 
 def register(
-    name: str, kernel: str | None = None, limits: Callable[[tuple[Tensor, ...]], str | None] | None = None
+    op_name: str,
+    backend: str,
+    run: Callable[..., Any],
+    why_not: Callable[..., str | None] = _nothing,
+    missing: Callable[[], str | None] = _nothing,
 ) -> None:
-    """Enter an operation; `kernel` names its module, such as "fd2fast.kernels.bn_matching"."""
-    _operations[name] = Operation(name, kernel, limits)
+    """Enter an operation's implementation; its first argument is a tensor of the device it runs on.
+
+    Raises ValueError for a backend that RANKED does not list and for a second implementation by the same backend.
+    """
+    if backend not in RANKED:
+        raise ValueError(f"backend of {op_name} must be one of {', '.join(RANKED)}, got {backend!r}")
+    implementations = _operations.setdefault(op_name, {})
+    if backend in implementations:
+        raise ValueError(f"{op_name} is registered for {backend} already")
+    implementations[backend] = Implementation(run, why_not, missing)
+
+
+def register_triton(
+    op_name: str, run: Callable[..., Any], *, tensors: int = 1, limits: Callable[..., str | None] = _nothing
+) -> None:
+    """Enter a Triton implementation whose first arguments are `tensors` tensors or None; limits: its own reasons."""
+
+    def why_not(*arguments: Any, **settings: Any) -> str | None:
+        return _off_gpu(arguments[:tensors]) or limits(*arguments, **settings)
+
+    register(op_name, "triton", run, why_not, triton_missing)
 
 
 def interpreting() -> bool:
@@ -43,11 +74,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unavailable(op_name: str) -> str | None:
-    """Why the operation's kernel cannot run in this process at all, or None."""
-    operation = _operations[op_name]
-    if operation.kernel is None:
-        return f"{op_name} has no Triton kernel"
+def triton_missing() -> str | None:
+    """Why no Triton kernel can run in this process, or None."""
     if not _HAS_TRITON:
         return "triton is not installed"
     if not torch.cuda.is_available() and not interpreting():
@@ -55,61 +83,100 @@ def unavailable(op_name: str) -> str | None:
     return None
 
 
-def supports(op_name: str, tensors: tuple[Tensor, ...]) -> str | None:
-    """Why the operation's kernel cannot take these tensors, or None if it can."""
-    reason = unavailable(op_name)
-    if reason is not None:
-        return reason
+def _off_gpu(tensors: Sequence[Tensor | None]) -> str | None:
+    """Why Triton kernels cannot take these, or None."""
     for tensor in tensors:
+        if tensor is None:
+            continue
         if tensor.device.type == "cpu" and not interpreting():
             return "the tensors are on the CPU"
         if tensor.device.type not in ("cuda", "cpu"):
             return f"the tensors are on {tensor.device.type}"
         if tensor.device.type == "cuda" and tensor.dtype == torch.float64:
             return "float64 on a GPU is left to the reference"
-    limits = _operations[op_name].limits
-    return None if limits is None else limits(tensors)
+    return None
 
 
-def choose(op_name: str, tensors: tuple[Tensor, ...], backend: str) -> str:
-    """ "triton" or "reference" for these tensors.
+def off_cpu(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> str | None:
+    """Why C++ kernels for these types cannot take the tensors' memory, or None."""
+    if torch.compiler.is_compiling():
+        return "torch.compile does not trace C++ kernels"
+    for tensor in tensors:
+        if type(tensor) is not Tensor:
+            return f"one is a {type(tensor).__name__}, not a plain tensor"
+        if tensor.device.type != "cpu":
+            return f"the tensors are on {tensor.device.type}"
+        if tensor.dtype not in dtypes:
+            return f"one is {tensor.dtype}"
+    return None
 
-    "auto" takes the kernel for CUDA tensors that it supports, and logs once why not otherwise (the
-    interpreter is never chosen by itself). "triton" raises ValueError with the reason where the kernel cannot
-    run.
+
+def choose(op_name: str, arguments: Sequence[Any], backend: str, **settings: Any) -> str:
+    """The backend that runs these arguments (the first a tensor; those of the operation's `run`).
+
+    "auto" takes the first by rank that is for the tensor's device and has nothing against the arguments, and logs once
+    what others had. A backend by name raises ValueError with the reason where it cannot run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f'backend must be "auto", "triton" or "reference", got {backend!r}')
-    if backend == "reference":
+    implementations = _operations[op_name]
+    if backend == "auto":
+        device = arguments[0].device.type
+        for name, its_device in RANKED.items():
+            if its_device != device or name not in implementations:
+                continue
+            implementation = implementations[name]
+            reason = implementation.missing() or implementation.why_not(*arguments, **settings)
+            if reason is None:
+                return name
+            if not torch.compiler.is_compiling() and (op_name, reason) not in _logged:
+                _logged.add((op_name, reason))
+                _log.info("%s does not run on the %s backend: %s", op_name, name, reason)
         return "reference"
-    on_gpu = any(t.device.type == "cuda" for t in tensors)
-    if backend == "auto" and not on_gpu:
-        return "reference"
-    reason = supports(op_name, tensors)
-    if reason is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"{op_name}: backend triton was asked for, but {reason}")
-    if not torch.compiler.is_compiling() and (op_name, reason) not in _logged:
-        _logged.add((op_name, reason))
-        _log.info("%s runs on the reference backend: %s", op_name, reason)
-    return "reference"
+    if backend not in RANKED:
+        raise ValueError(f"backend must be one of auto, {', '.join(RANKED)}, got {backend!r}")
+    reason = unavailable(op_name, backend) or implementations[backend].why_not(*arguments, **settings)
+    if reason is not None:
+        raise ValueError(f"{op_name}: backend {backend} was asked for, but {reason}")
+    return backend
 
 
-def kernels(op_name: str) -> ModuleType:
-    """The operation's kernel module, imported on first use."""
-    module = _operations[op_name].kernel
-    if module is None:
-        raise ValueError(f"{op_name} has no Triton kernel")
-    return importlib.import_module(module)
+def run(op_name: str, backend: str, *arguments: Any, **settings: Any) -> Any:
+    """The operation by the backend that `choose` names."""
+    chosen = choose(op_name, arguments, backend, **settings)
+    return _operations[op_name][chosen].run(*arguments, **settings)
+
+
+def unavailable(op_name: str, backend: str) -> str | None:
+    """Why the operation's implementation by the backend cannot run in this process at all, or None."""
+    implementation = _operations[op_name].get(backend)
+    return "none is registered" if implementation is None else implementation.missing()
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a tensor and more, free of any autocast around."""
+
+    def called(first: Tensor, *arguments: Any, **settings: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *arguments, **settings)
+
+    return called
+
+
+def kernels(name: str) -> ModuleType:
+    """The module fd2fast.kernels.<name>, imported on first use."""
+    return importlib.import_module(f"fd2fast.kernels.{name}")
 
 
 def backends() -> dict[str, tuple[str, str]]:
-    """For each operation: the backend that "auto" takes on this machine's best device, and why."""
-    chosen = {}
-    for name in sorted(_operations):
-        reason = unavailable(name)
-        if reason is None and not torch.cuda.is_available():
-            reason = "no NVIDIA GPU is visible (the interpreter runs only where backend is triton)"
-        chosen[name] = ("triton", "") if reason is None else ("reference", reason)
-    return chosen
+    """For each operation: the backend that "auto" takes on this machine's best device, and why not a better-ranked one."""
+    listing = {}
+    for op_name in sorted(_operations):
+        reasons = []
+        for backend, device in RANKED.items():
+            reason = unavailable(op_name, backend)
+            if reason is None and device == "cuda" and not torch.cuda.is_available():
+                reason = "no NVIDIA GPU is visible (the interpreter runs only where it is asked for by name)"
+            if reason is None:
+                listing[op_name] = backend, "; ".join(reasons)
+                break
+            reasons.append(f"{backend}: {reason}")
+    return listing

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch  # before _adam, so that both share one OpenMP runtime
 from torch import Tensor
@@ -12,16 +13,16 @@ from fd2fast.ops._layout import dense_format, dense_like
 from fd2fast.reference.adam_clamp import channel_bounds
 
 _native: ModuleType | None
+WHY_NOT: str | None
 try:
     from fd2fast import _adam as _native
 except ImportError as error:
     _native, WHY_NOT = None, f"the C++ kernels are not built: {error}"
 else:
-    WHY_NOT = ""
+    WHY_NOT = None
 
 
-def _dense_alike(tensors: tuple[Tensor, ...]) -> str | None:
-    image, _, exp_avg, exp_avg_sq = tensors
+def _dense_alike(image: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *_: Any, **settings: Any) -> str | None:
     layout = dense_format(image)
     if layout is None:
         return f"image has strides {list(image.stride())}, neither contiguous nor channels_last"
@@ -29,9 +30,6 @@ def _dense_alike(tensors: tuple[Tensor, ...]) -> str | None:
         if not tensor.is_contiguous(memory_format=layout):
             return f"{name} has strides {list(tensor.stride())}, image {list(image.stride())}"
     return None
-
-
-_dispatch.register("adam_clamp_", "fd2fast.kernels.adam_clamp", _dense_alike)
 
 
 @torch.library.custom_op("fd2fast::adam_clamp", mutates_args=("image", "exp_avg", "exp_avg_sq"))
@@ -50,7 +48,7 @@ def _adam_clamp(
     beta2: float,
     eps: float,
 ) -> None:
-    _dispatch.kernels("adam_clamp_").adam_clamp(
+    _dispatch.kernels("adam_clamp").adam_clamp(
         image,
         grad,
         exp_avg,
@@ -64,22 +62,62 @@ def _adam_clamp(
     )
 
 
-def _takes(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the C++ kernel can work on these: fp32 on the CPU, contiguous, plain tensors."""
-    return (
-        _native is not None
-        and not torch.compiler.is_compiling()
-        and all(
-            type(t) is Tensor and t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous()
-            for t in tensors
+def _by_triton(
+    image: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int | Tensor,
+    lr: float | Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    low: Tensor | Sequence[float],
+    high: Tensor | Sequence[float],
+) -> None:
+    step_tensor, lr_tensor = (v if isinstance(v, Tensor) else None for v in (step, lr))
+    with torch.no_grad():
+        _adam_clamp(
+            image,
+            dense_like(grad, image),
+            exp_avg,
+            exp_avg_sq,
+            channel_bounds(low, image),
+            channel_bounds(high, image),
+            step_tensor,
+            lr_tensor,
+            0 if isinstance(step, Tensor) else step,
+            0.0 if isinstance(lr, Tensor) else lr,
+            *betas,
+            eps,
         )
-    )
 
 
-def _on_host(
-    tensors: tuple[Tensor, ...],
+def _off_cpu(
+    image: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int | Tensor,
+    lr: float | Tensor,
+    **settings: Any,
+) -> str | None:
+    if isinstance(step, Tensor) or isinstance(lr, Tensor):
+        return "step and lr must be numbers"
+    for name, tensor in (("image", image), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if not tensor.is_contiguous():
+            return f"{name} has strides {list(tensor.stride())}, not contiguous"
+    return _dispatch.off_cpu((image, grad, exp_avg, exp_avg_sq), (torch.float32,))
+
+
+def _by_cpu(
+    image: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     step: int,
     lr: float,
+    *,
     betas: tuple[float, float],
     eps: float,
     low: Tensor | Sequence[float],
@@ -87,15 +125,32 @@ def _on_host(
 ) -> None:
     """Measured on an EPYC with AVX-512, 10 images of 224 x 224, two threads: 3.4 ms by torch's operations, 0.4 ms here."""
     assert _native is not None
-    image, grad, exp_avg, exp_avg_sq = tensors
     n, c, h, w = image.shape
     beta1, beta2 = betas
     rates = 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, eps
     bounds = [bound.tolist() if isinstance(bound, Tensor) else bound for bound in (low, high)]
+    grad = grad.contiguous()
     pointers = (t.data_ptr() for t in (grad, image, exp_avg, exp_avg_sq))
     _native.step_clamp(n * c, h * w, rates, *bounds, *pointers, torch.get_num_threads())
     for tensor in (image, exp_avg, exp_avg_sq):
         torch.autograd.graph.increment_version(tensor)
+
+
+def _by_reference(
+    image: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int | Tensor,
+    lr: float | Tensor,
+    **settings: Any,
+) -> None:
+    reference.adam_clamp_(image, grad, exp_avg, exp_avg_sq, step, lr=lr, **settings)
+
+
+_dispatch.register_triton("adam_clamp_", _by_triton, tensors=4, limits=_dense_alike)
+_dispatch.register("adam_clamp_", "cpu", _by_cpu, _off_cpu, lambda: WHY_NOT)
+_dispatch.register("adam_clamp_", "reference", _dispatch.without_autocast(_by_reference))
 
 
 def adam_clamp_(
@@ -138,28 +193,5 @@ def adam_clamp_(
         given = bound.numel() if isinstance(bound, Tensor) else len(bound)
         if given != image.shape[1]:
             raise ValueError(f"{name} must be [C] = [{image.shape[1]}], got [{given}]")
-    if _dispatch.choose("adam_clamp_", (image, grad, exp_avg, exp_avg_sq), backend) == "triton":
-        step_tensor, lr_tensor = (v if isinstance(v, Tensor) else None for v in (step, lr))
-        with torch.no_grad():
-            _adam_clamp(
-                image,
-                dense_like(grad, image),
-                exp_avg,
-                exp_avg_sq,
-                channel_bounds(low, image),
-                channel_bounds(high, image),
-                step_tensor,
-                lr_tensor,
-                0 if isinstance(step, Tensor) else step,
-                0.0 if isinstance(lr, Tensor) else lr,
-                *betas,
-                eps,
-            )
-        return
-    if backend == "auto" and not isinstance(step, Tensor) and not isinstance(lr, Tensor):
-        tensors = image, dense_like(grad, image), exp_avg, exp_avg_sq
-        if _takes(tensors):
-            _on_host(tensors, step, lr, betas, eps, low, high)
-            return
-    with torch.autocast(image.device.type, enabled=False):
-        reference.adam_clamp_(image, grad, exp_avg, exp_avg_sq, step, lr=lr, betas=betas, eps=eps, low=low, high=high)
+    given = image, grad, exp_avg, exp_avg_sq, step, lr
+    _dispatch.run("adam_clamp_", backend, *given, betas=betas, eps=eps, low=low, high=high)

@@ -10,11 +10,8 @@ from fd2fast.ops import _checks, _dispatch
 from fd2fast.ops._layout import dense, dense_like
 from fd2fast.reference._offsets import Offsets, accumulation_dtype, device_offsets
 
-_dispatch.register("attention_similarity_loss", "fd2fast.kernels.attention_similarity")
-
-
 def _kernels() -> Any:
-    return _dispatch.kernels("attention_similarity_loss")
+    return _dispatch.kernels("attention_similarity")
 
 
 @torch.library.custom_op("fd2fast::attention_similarity_loss", mutates_args=())
@@ -56,6 +53,17 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
 _loss.register_autograd(_gradient, setup_context=_save)
 
 
+def _by_triton(attention: Tensor, prior: Tensor, offsets: Offsets, *, eps: float) -> Tensor:
+    attention = dense(attention)
+    return _loss(attention, dense_like(prior, attention), device_offsets(offsets, attention.device), eps)[0]
+
+
+_dispatch.register_triton("attention_similarity_loss", _by_triton, tensors=2)
+_dispatch.register(
+    "attention_similarity_loss", "reference", _dispatch.without_autocast(reference.attention_similarity_loss)
+)
+
+
 def attention_similarity_loss(
     attention: Tensor, prior: Tensor, offsets: Offsets, *, eps: float = 1e-6, backend: str = "auto"
 ) -> Tensor:
@@ -74,9 +82,5 @@ def attention_similarity_loss(
     _checks.same_device("prior", prior, "attention", attention)
     offsets = _checks.offsets("offsets", offsets, prior.shape[0], "the rows of prior", n + 1)
     _checks.constant("prior", prior)
-    if _dispatch.choose("attention_similarity_loss", (attention, prior), backend) == "triton":
-        attention = dense(attention)
-        bounds = device_offsets(offsets, attention.device)
-        return _loss(attention, dense_like(prior, attention), bounds, eps)[0]
-    with torch.autocast(attention.device.type, enabled=False):
-        return reference.attention_similarity_loss(attention, prior, offsets, eps=eps)
+    loss: Tensor = _dispatch.run("attention_similarity_loss", backend, attention, prior, offsets, eps=eps)
+    return loss

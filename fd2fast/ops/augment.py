@@ -12,14 +12,13 @@ from fd2fast.ops import _checks, _dispatch
 from fd2fast.reference._offsets import Offsets, device_offsets
 
 _native: ModuleType | None
+WHY_NOT: str | None
 try:
     from fd2fast import _crop as _native
 except ImportError as error:
     _native, WHY_NOT = None, f"the C++ kernels are not built: {error}"
 else:
-    WHY_NOT = ""
-
-_dispatch.register("crop_flip_roll", "fd2fast.kernels.augment")
+    WHY_NOT = None
 
 
 def _new(like: Tensor, height: int, width: int, last: bool) -> Tensor:
@@ -39,7 +38,7 @@ def _layout(images: Tensor) -> torch.memory_format:
 @torch.library.custom_op("fd2fast::crop_flip_roll", mutates_args=())
 def _crop(images: Tensor, params: Tensor, segments: Tensor, size: int) -> Tensor:
     out = _new(images, size, size, _is_last(images))
-    return _dispatch.kernels("crop_flip_roll").crop_fwd(images, params, segments, out)
+    return _dispatch.kernels("augment").crop_fwd(images, params, segments, out)
 
 
 @_crop.register_fake
@@ -50,7 +49,7 @@ def _(images, params, segments, size):
 @torch.library.custom_op("fd2fast::crop_flip_roll_adjoint", mutates_args=())
 def _adjoint(grad: Tensor, params: Tensor, segments: Tensor, height: int, width: int, last: bool) -> Tensor:
     out = _new(grad, height, width, last)
-    return _dispatch.kernels("crop_flip_roll").crop_bwd(grad, params, segments, out)
+    return _dispatch.kernels("augment").crop_bwd(grad, params, segments, out)
 
 
 @_adjoint.register_fake
@@ -110,18 +109,75 @@ def _described(tensor: Tensor) -> tuple[Sequence[int], Sequence[int], int]:
     return tensor.shape, tensor.stride(), tensor.data_ptr()
 
 
-def _host_rows(
-    images: Tensor, params: Tensor, segments: Offsets, size: int, dtype: torch.dtype | None
-) -> list[list[int]] | None:
-    """The parameters for the C++ kernels, or None where those do not apply."""
-    on_host = images.device.type == params.device.type == "cpu" and type(images) is Tensor
-    if _native is None or torch.compiler.is_compiling() or not on_host or isinstance(segments, Tensor):
-        return None
-    types = {images.dtype, images.dtype if dtype is None else dtype}
-    if not types <= {torch.float32, torch.bfloat16} or images.numel() == 0:
-        return None
-    rows = params.tolist()
-    return rows if all(row[2] <= size and row[3] <= size for row in rows) else None
+def _off_cpu(
+    images: Tensor,
+    params: Tensor,
+    segments: Offsets,
+    size: int,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format | None,
+) -> str | None:
+    reason = _dispatch.off_cpu((images,), (torch.float32, torch.bfloat16))
+    if reason is not None:
+        return reason
+    if params.device.type != "cpu":
+        return f"params are on {params.device.type}"
+    if isinstance(segments, Tensor):
+        return "segments must be host numbers"
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        return f"the views are wanted in {dtype}"
+    if images.numel() == 0:
+        return "images have no elements"
+    if any(height > size or width > size for _, _, height, width, *_ in params.tolist()):
+        return "a crop is larger than its view"
+    return None
+
+
+def _by_cpu(
+    images: Tensor,
+    params: Tensor,
+    segments: tuple[int, ...],
+    size: int,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format | None,
+) -> Tensor:
+    layout = _layout(images) if memory_format is None else memory_format
+    views: Tensor = _OnHost.apply(images, params.tolist(), segments, size, dtype or images.dtype, layout)
+    return views
+
+
+def _by_triton(
+    images: Tensor,
+    params: Tensor,
+    segments: Offsets,
+    size: int,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format | None,
+) -> Tensor:
+    params = params.to(images.device, non_blocking=True).contiguous()
+    return _as(_crop(images, params, device_offsets(segments, images.device), size), dtype, memory_format)
+
+
+def _by_reference(
+    images: Tensor,
+    params: Tensor,
+    segments: Offsets,
+    size: int,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format | None,
+) -> Tensor:
+    return _as(reference.crop_flip_roll(images, params, segments, size), dtype, memory_format)
+
+
+def _as(views: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> Tensor:
+    if dtype is None and memory_format is None:
+        return views
+    return views.to(views.dtype if dtype is None else dtype, memory_format=memory_format or torch.preserve_format)
+
+
+_dispatch.register_triton("crop_flip_roll", _by_triton)
+_dispatch.register("crop_flip_roll", "cpu", _by_cpu, _off_cpu, lambda: WHY_NOT)
+_dispatch.register("crop_flip_roll", "reference", _dispatch.without_autocast(_by_reference))
 
 
 def crop_flip_roll(
@@ -140,7 +196,7 @@ def crop_flip_roll(
     roll_right); segments: int row offsets [S+1] (tensor, list or tuple) from 0 to N; size: pixels. Returns
     [N, C, size, size] in `dtype` and `memory_format` (None: those of the images). Differentiable in images.
     Raises ValueError for shapes, types, devices or offsets that do not fit, and for a crop that leaves the image
-    (on a GPU only with FD2FAST_CHECK_VALUES=1). On the CPU "auto" takes C++ kernels where the crops only upsample.
+    (on a GPU only with FD2FAST_CHECK_VALUES=1). The C++ kernels (cpu) take crops that only upsample.
     """
     _checks.shape("images", images, ("N", "C", "h", "w"))
     _checks.floating("images", images)
@@ -155,21 +211,8 @@ def crop_flip_roll(
         raise ValueError(f"params must be int32 or int64, got {params.dtype}")
     if count and _checks.reads_values(params):
         _check_crops(params, images.shape[2], images.shape[3])
-    if _dispatch.choose("crop_flip_roll", (images,), backend) == "triton":
-        params = params.to(images.device, non_blocking=True).contiguous()
-        return _as(_crop(images, params, device_offsets(segments, images.device), size), dtype, memory_format)
-    rows = _host_rows(images, params, segments, size, dtype) if backend == "auto" else None
-    if rows is not None:
-        layout = _layout(images) if memory_format is None else memory_format
-        return _OnHost.apply(images, rows, segments, size, images.dtype if dtype is None else dtype, layout)
-    with torch.autocast(images.device.type, enabled=False):
-        return _as(reference.crop_flip_roll(images, params, segments, size), dtype, memory_format)
-
-
-def _as(views: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> Tensor:
-    if dtype is None and memory_format is None:
-        return views
-    return views.to(views.dtype if dtype is None else dtype, memory_format=memory_format or torch.preserve_format)
+    views: Tensor = _dispatch.run("crop_flip_roll", backend, images, params, segments, size, dtype, memory_format)
+    return views
 
 
 def _check_crops(params: Tensor, height: int, width: int) -> None:

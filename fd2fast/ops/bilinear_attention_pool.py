@@ -13,12 +13,9 @@ from fd2fast.reference._offsets import accumulation_dtype
 MAX_MAPS = 64
 
 
-def _few_maps(tensors: tuple[Tensor, ...]) -> str | None:
-    maps = tensors[1].shape[1]
+def _few_maps(features: Tensor, attention: Tensor, **settings: Any) -> str | None:
+    maps = attention.shape[1]
     return f"attention has {maps} maps, more than the kernel's {MAX_MAPS}" if maps > MAX_MAPS else None
-
-
-_dispatch.register("bilinear_attention_pool", "fd2fast.kernels.bilinear_attention_pool", _few_maps)
 
 
 def _kernels() -> Any:
@@ -63,6 +60,16 @@ def _gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
 _pool.register_autograd(_gradient, setup_context=_save)
 
 
+def _by_triton(features: Tensor, attention: Tensor, *, eps: float) -> Tensor:
+    return _pool(dense(features), dense(attention), eps)[0]
+
+
+_dispatch.register_triton("bilinear_attention_pool", _by_triton, tensors=2, limits=_few_maps)
+_dispatch.register(
+    "bilinear_attention_pool", "reference", _dispatch.without_autocast(reference.bilinear_attention_pool)
+)
+
+
 def bilinear_attention_pool(features: Tensor, attention: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
     """Unit-norm, sign-square-rooted bilinear pooling; see fd2fast.reference.bilinear_attention_pool.
 
@@ -78,7 +85,5 @@ def bilinear_attention_pool(features: Tensor, attention: Tensor, *, eps: float =
     _checks.floating("features", features)
     _checks.floating("attention", attention)
     _checks.same_device("attention", attention, "features", features)
-    if _dispatch.choose("bilinear_attention_pool", (features, attention), backend) == "triton":
-        return _pool(dense(features), dense(attention), eps)[0]
-    with torch.autocast(features.device.type, enabled=False):
-        return reference.bilinear_attention_pool(features, attention, eps=eps)
+    z: Tensor = _dispatch.run("bilinear_attention_pool", backend, features, attention, eps=eps)
+    return z

@@ -1,5 +1,6 @@
 """The operations bn_matching, bn_act_matching and their parts: per-segment BN statistics, alone and fused with BN."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,9 @@ from fd2fast.reference._offsets import Offsets, accumulation_dtype, device_offse
 ACTIVATIONS = ("identity", "relu", "relu6")
 
 
-def _few_rows(tensors: tuple[Tensor, ...]) -> str | None:
-    n, _, h, w = tensors[0].shape
+def _few_rows(x: Tensor, *arguments: Any, **settings: Any) -> str | None:
+    n, _, h, w = x.shape
     return f"x has {n * h * w} pixel rows, 2^31 or more" if n * h * w >= 1 << 31 else None
-
-
-for _name in ("bn_matching", "bn_act_matching", "bn_act", "segment_statistics"):
-    _dispatch.register(_name, "fd2fast.kernels.bn_matching", _few_rows)
-_dispatch.register("match_statistics")
 
 
 def _kernels() -> Any:
@@ -232,6 +228,82 @@ def _act_gradient(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, *_:
 _act.register_autograd(_act_gradient, setup_context=_act_save)
 
 
+def _matching_by_triton(x: Tensor, running_mean: Tensor, running_var: Tensor, segments: Offsets) -> Tensor:
+    bounds = device_offsets(segments, x.device)
+    return _matching(dense(x), running_mean.contiguous(), running_var.contiguous(), bounds)[0]
+
+
+def _statistics_by_triton(x: Tensor, segments: Offsets) -> tuple[Tensor, Tensor]:
+    return _statistics(dense(x), device_offsets(segments, x.device))
+
+
+def _fused(
+    x: Tensor,
+    residual: Tensor | None,
+    constants: Sequence[Tensor],
+    segments: Offsets,
+    activation: str,
+    eps: float,
+    matching: bool,
+) -> tuple[Tensor, ...]:
+    x = dense(x)
+    residual = None if residual is None else dense_like(residual, x)
+    bounds = device_offsets(segments, x.device)
+    return _act(x, *(c.contiguous() for c in constants), bounds, residual, activation, eps, matching)
+
+
+def _act_by_triton(
+    x: Tensor, residual: Tensor | None, *constants: Tensor, activation: str, eps: float
+) -> Tensor:
+    return _fused(x, residual, constants, [0, x.shape[0]], activation, eps, False)[0]
+
+
+def _act_by_reference(x: Tensor, residual: Tensor | None, *constants: Tensor, activation: str, eps: float) -> Tensor:
+    return reference.bn_act(x, *constants, residual=residual, activation=activation, eps=eps)
+
+
+def _act_matching_by_triton(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    segments: Offsets,
+    *,
+    activation: str,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    return _fused(x, residual, (weight, bias, running_mean, running_var), segments, activation, eps, True)[:2]
+
+
+def _act_matching_by_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    segments: Offsets,
+    *,
+    activation: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    constants = weight, bias, running_mean, running_var
+    return reference.bn_act_matching(x, *constants, segments, residual=residual, activation=activation, eps=eps)
+
+
+_dispatch.register_triton("bn_matching", _matching_by_triton, limits=_few_rows)
+_dispatch.register("bn_matching", "reference", _dispatch.without_autocast(reference.bn_matching))
+_dispatch.register_triton("segment_statistics", _statistics_by_triton, limits=_few_rows)
+_dispatch.register("segment_statistics", "reference", _dispatch.without_autocast(reference.segment_statistics))
+_dispatch.register_triton("bn_act", _act_by_triton, tensors=2, limits=_few_rows)
+_dispatch.register("bn_act", "reference", _dispatch.without_autocast(_act_by_reference))
+_dispatch.register_triton("bn_act_matching", _act_matching_by_triton, tensors=2, limits=_few_rows)
+_dispatch.register("bn_act_matching", "reference", _dispatch.without_autocast(_act_matching_by_reference))
+_dispatch.register("match_statistics", "reference", reference.match_statistics)
+
+
 def _check_x(x: Tensor, **channels: Tensor) -> None:
     _checks.shape("x", x, ("N", "C", "H", "W"))
     _checks.floating("x", x)
@@ -244,15 +316,13 @@ def _check_x(x: Tensor, **channels: Tensor) -> None:
         _checks.constant(name, tensor)
 
 
-def _check_act(x: Tensor, residual: Tensor | None, activation: str) -> tuple[Tensor, ...]:
+def _check_act(x: Tensor, residual: Tensor | None, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f'activation must be "relu", "relu6" or "identity", got {activation!r}')
-    if residual is None:
-        return (x,)
-    _checks.shape("residual", residual, tuple(x.shape))
-    _checks.floating("residual", residual)
-    _checks.same_device("residual", residual, "x", x)
-    return x, residual
+    if residual is not None:
+        _checks.shape("residual", residual, tuple(x.shape))
+        _checks.floating("residual", residual)
+        _checks.same_device("residual", residual, "x", x)
 
 
 def segment_statistics(x: Tensor, segments: Offsets, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -264,11 +334,8 @@ def segment_statistics(x: Tensor, segments: Offsets, *, backend: str = "auto") -
     """
     _check_x(x)
     segments = _checks.offsets("segments", segments, x.shape[0], "the rows of x")
-    if _dispatch.choose("segment_statistics", (x,), backend) == "triton":
-        mean, var = _statistics(dense(x), device_offsets(segments, x.device))
-        return mean, var
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.segment_statistics(x, segments)
+    mean, var = _dispatch.run("segment_statistics", backend, x, segments)
+    return mean, var
 
 
 def match_statistics(
@@ -286,8 +353,8 @@ def match_statistics(
         _checks.same_device(name, tensor, "mean", mean)
     for name, tensor in (("mean", mean), ("var", var), ("running_mean", running_mean), ("running_var", running_var)):
         _checks.floating(name, tensor)
-    _dispatch.choose("match_statistics", (mean, var), backend)
-    return reference.match_statistics(mean, var, running_mean, running_var)
+    distance: Tensor = _dispatch.run("match_statistics", backend, mean, var, running_mean, running_var)
+    return distance
 
 
 def bn_matching(
@@ -301,11 +368,8 @@ def bn_matching(
     """
     _check_x(x, running_mean=running_mean, running_var=running_var)
     segments = _checks.offsets("segments", segments, x.shape[0], "the rows of x")
-    if _dispatch.choose("bn_matching", (x,), backend) == "triton":
-        bounds = device_offsets(segments, x.device)
-        return _matching(dense(x), running_mean.contiguous(), running_var.contiguous(), bounds)[0]
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.bn_matching(x, running_mean, running_var, segments)
+    loss: Tensor = _dispatch.run("bn_matching", backend, x, running_mean, running_var, segments)
+    return loss
 
 
 def bn_act(
@@ -326,13 +390,10 @@ def bn_act(
     type. Differentiable in x and residual. Raises ValueError as bn_act_matching.
     """
     _check_x(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    tensors = _check_act(x, residual, activation)
-    if _dispatch.choose("bn_act", tensors, backend) == "triton":
-        return _fused(x, weight, bias, running_mean, running_var, [0, x.shape[0]], residual, activation, eps, False)[0]
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.bn_act(
-            x, weight, bias, running_mean, running_var, residual=residual, activation=activation, eps=eps
-        )
+    _check_act(x, residual, activation)
+    constants = weight, bias, running_mean, running_var
+    y: Tensor = _dispatch.run("bn_act", backend, x, residual, *constants, activation=activation, eps=eps)
+    return y
 
 
 def bn_act_matching(
@@ -357,29 +418,7 @@ def bn_act_matching(
     """
     _check_x(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     segments = _checks.offsets("segments", segments, x.shape[0], "the rows of x")
-    tensors = _check_act(x, residual, activation)
-    if _dispatch.choose("bn_act_matching", tensors, backend) == "triton":
-        y, loss = _fused(x, weight, bias, running_mean, running_var, segments, residual, activation, eps, True)[:2]
-        return y, loss
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.bn_act_matching(
-            x, weight, bias, running_mean, running_var, segments, residual=residual, activation=activation, eps=eps
-        )
-
-
-def _fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    segments: Offsets,
-    residual: Tensor | None,
-    activation: str,
-    eps: float,
-    matching: bool,
-) -> tuple[Tensor, ...]:
-    x = dense(x)
-    channels = (t.contiguous() for t in (weight, bias, running_mean, running_var))
-    residual = None if residual is None else dense_like(residual, x)
-    return _act(x, *channels, device_offsets(segments, x.device), residual, activation, eps, matching)
+    _check_act(x, residual, activation)
+    given = x, residual, weight, bias, running_mean, running_var, segments
+    y, loss = _dispatch.run("bn_act_matching", backend, *given, activation=activation, eps=eps)
+    return y, loss

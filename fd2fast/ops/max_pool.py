@@ -11,12 +11,9 @@ from fd2fast.ops import _checks, _dispatch
 from fd2fast.reference.max_pool import pooled_size
 
 
-def _small_images(tensors: tuple[Tensor, ...]) -> str | None:
-    elements = tensors[0].shape[1:].numel()
+def _small_images(x: Tensor, *window: Any) -> str | None:
+    elements = x.shape[1:].numel()
     return f"an image of x has {elements} elements, 2^31 or more" if elements >= 1 << 31 else None
-
-
-_dispatch.register("max_pool", "fd2fast.kernels.max_pool", _small_images)
 
 
 def _kernels() -> Any:
@@ -84,6 +81,27 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
 _pool.register_autograd(_gradient, setup_context=_save)
 
 
+def _by_triton(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    window = kernel, stride, padding, dilation
+    size = pooled_size(x.shape[2:], *window, ceil_mode)
+    return _pool(x, *(list(values) for values in window), size)[0]
+
+
+def _by_reference(x: Tensor, *window: Any) -> Tensor:
+    return reference.max_pool(x, *window)[0]
+
+
+_dispatch.register_triton("max_pool", _by_triton, limits=_small_images)
+_dispatch.register("max_pool", "reference", _by_reference)
+
+
 def max_pool(
     x: Tensor,
     kernel: Sequence[int],
@@ -113,6 +131,5 @@ def max_pool(
     size = pooled_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
     if min(size) < 1:
         raise ValueError(f"x must have room for a window of {list(kernel)}, got {list(x.shape)}")
-    if _dispatch.choose("max_pool", (x,), backend) == "triton":
-        return _pool(x, *(list(values) for values in window.values()), size)[0]
-    return reference.max_pool(x, kernel, stride, padding, dilation, ceil_mode)[0]
+    y: Tensor = _dispatch.run("max_pool", backend, x, kernel, stride, padding, dilation, ceil_mode)
+    return y

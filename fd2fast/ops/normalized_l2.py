@@ -6,7 +6,7 @@ from torch import Tensor
 from fd2fast import reference
 from fd2fast.ops import _checks, _dispatch
 
-_dispatch.register("normalized_l2")
+_dispatch.register("normalized_l2", "reference", reference.normalized_l2)
 
 
 def normalized_l2(u: Tensor, v: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
@@ -26,5 +26,5 @@ def normalized_l2(u: Tensor, v: Tensor, *, eps: float = 1e-6, backend: str = "au
         torch.broadcast_shapes(u.shape, v.shape)
     except RuntimeError:
         raise ValueError(f"u and v must broadcast, got {list(u.shape)} and {list(v.shape)}") from None
-    _dispatch.choose("normalized_l2", (u, v), backend)
-    return reference.normalized_l2(u, v, eps=eps)
+    distance: Tensor = _dispatch.run("normalized_l2", backend, u, v, eps=eps)
+    return distance

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fd2fast import ops
 from fd2fast.methods import HEAD, columns_of, losses_of
-from fd2fast.models.frozen import prototype_loss
 from fd2fast.models.fused import FusedTeacher
 from fd2fast.recipe import Recipe
 from fd2fast.step.schedule import ResizedPriors, Task
@@ -54,7 +53,7 @@ class TeacherOutputs:
     def characteristic_loss(self) -> Tensor:
         recipe, teacher = self.recipe, self.teacher
         prototypes = teacher.prototypes_ema if recipe.prototypes == "ema" else teacher.prototypes_last
-        return self.mean(prototype_loss(self.z, prototypes, self.labels, beta=recipe.beta, eps=recipe.eps))
+        return self.mean(ops.prototype_loss(self.z, prototypes, self.labels, beta=recipe.beta, eps=recipe.eps))
 
     def similarity_loss(self) -> Tensor | None:
         prior = self.priors.at(self.task, tuple(self.attention.shape[-2:]))

@@ -8,7 +8,7 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from torch import nn
 from torch.nn import functional as F
 
-from fd2fast import ops, reference
+from fd2fast import reference
 from fd2fast.models import cpu, frozen
 
 SEGMENTS = (0, 1, 1, 4, 6)
@@ -325,7 +325,7 @@ def test_max_pooling_keeps_one_byte_per_output(backend, layer, dtype):
 def test_max_pooling_by_the_kernel(monkeypatch):
     """Where the dispatch takes it, as on a GPU."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(frozen._dispatch, "choose", lambda name, tensors, backend: "triton")
+    monkeypatch.setattr(frozen._dispatch, "choose", lambda name, arguments, backend, **settings: "triton")
     layer = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
     x = torch.randn(2, 5, 8, 7).to(memory_format=torch.channels_last).requires_grad_()
     kept = []
@@ -381,37 +381,3 @@ def test_freed_memory_is_kept_unless_settings_say_otherwise(monkeypatch):
     monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: Library)
     assert cpu.keep_memory.__wrapped__() is True
     assert asked == [(-1, 2**31 - 1), (-4, 0), (-2, 1 << 28)]
-
-
-@pytest.mark.parametrize(("rows", "classes", "dims"), [(3, 5, 8), (4, 7, 64), (5, 6, 203), (2, 2, 1024)])
-def test_prototype_loss_equals_the_operation(rows, classes, dims, monkeypatch):
-    """Both gates; a sample at its prototype has distance 0 and no gradient from it."""
-    z = F.normalize(torch.randn(rows, dims), dim=1)
-    prototypes, labels = F.normalize(torch.randn(classes, dims), dim=1), torch.arange(rows) % classes
-    prototypes[0] = z[0]
-    near = prototypes[1] = z[1] * (1 + 1e-5)
-    assert (near != z[1]).any()
-    weights, results = torch.randn(rows), []
-    called = []
-    real = cpu.distances
-    monkeypatch.setattr(cpu, "distances", lambda *a: called.append(1) or real(*a))
-    for function, dtype in (
-        (frozen.prototype_loss, torch.float32),
-        (ops.prototype_loss, torch.float64),
-        (ops.prototype_loss, torch.float32),
-    ):
-        given = z.to(dtype).requires_grad_()
-        loss = function(given, prototypes.to(dtype), labels, beta=0.5, eps=1e-6)
-        results.append((loss, torch.autograd.grad((loss * weights.to(dtype)).sum(), given)[0]))
-    assert called == [1]
-    check_output(*(r[0] for r in results), torch.float32, name="loss")
-    check_gradient(*(r[1] for r in results), torch.float32)
-
-
-def test_one_prototype_and_other_types_are_left_to_the_operation(monkeypatch):
-    monkeypatch.setattr(cpu, "distances", None)
-    z = torch.randn(3, 8)
-    for classes, dtype in ((1, torch.float32), (4, torch.float64)):
-        prototypes, labels = torch.randn(classes, 8, dtype=dtype), torch.zeros(3, dtype=torch.int64)
-        own = frozen.prototype_loss(z.to(dtype), prototypes, labels, beta=0.5, eps=1e-6)
-        assert torch.equal(own, ops.prototype_loss(z.to(dtype), prototypes, labels, beta=0.5, eps=1e-6))

@@ -202,13 +202,13 @@ def test_lower_precision_is_as_good_as_the_plain_teacher_in_it(name):
 @pytest.mark.parametrize("name", ["timm:test_resnet", "timm:densenet121,growth_rate=8,block_config=2x1"])
 def test_equals_the_plain_teacher_by_the_kernels(name, monkeypatch):
     """As on a GPU: the operations run their Triton kernels (here interpreted)."""
-    if _dispatch.unavailable("bn_act_matching"):
-        pytest.skip(str(_dispatch.unavailable("bn_act_matching")))
+    if _dispatch.unavailable("bn_act_matching", "triton"):
+        pytest.skip(str(_dispatch.unavailable("bn_act_matching", "triton")))
     teacher = make_teacher(name, size=32)
     chosen = []
 
-    def choose(op_name, tensors, backend):
-        if _dispatch._operations[op_name].kernel is None or op_name == "bn_matching":
+    def choose(op_name, arguments, backend, **settings):
+        if "triton" not in _dispatch._operations[op_name] or op_name == "bn_matching":
             return "reference"
         chosen.append(op_name)
         return "triton"

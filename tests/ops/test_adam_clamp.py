@@ -5,7 +5,7 @@ import torch
 from numerics import check_output
 
 from fd2fast import ops
-from fd2fast.ops import adam_clamp
+from fd2fast.ops import _dispatch, adam_clamp
 
 LOW, HIGH = [-2.1, -2.0, -1.8], [2.2, 2.4, 2.6]
 LAST = torch.channels_last
@@ -160,7 +160,7 @@ def test_on_the_host(shape):
     grads = [torch.randn(shape) for _ in range(4)]
     whole, slow, exact, rows = ([t.clone() for t in state] for _ in range(4))
     exact = [t.double() for t in exact]
-    _run(whole, grads, "auto")
+    _run(whole, grads, "cpu")
     _run(slow, grads, "reference")
     _run(exact, [g.double() for g in grads], "reference")
     for name, k, e, p in zip(("image", "exp_avg", "exp_avg_sq"), whole, exact, slow, strict=True):
@@ -170,7 +170,7 @@ def test_on_the_host(shape):
         torch.set_num_threads(1)
         for n in range(shape[0]):  # alone, and not on the boundary of a vector
             part = [torch.empty(t[n : n + 1].numel() + 1)[1:].view(1, *shape[1:]).copy_(t[n]) for t in rows]
-            _run(part, [g[n : n + 1].clone() for g in grads], "auto")
+            _run(part, [g[n : n + 1].clone() for g in grads], "cpu")
             for k, alone in zip(whole, part, strict=True):
                 assert torch.equal(k[n : n + 1], alone)
     finally:
@@ -183,7 +183,32 @@ def test_on_the_host_nan_stays_and_autograd_notices():
     grad[1, 2, 3, 4] = float("nan")
     weight = torch.ones_like(image).requires_grad_()
     product = (image * weight).sum()
-    _run([image, m, v], [grad], "auto")
+    _run([image, m, v], [grad], "cpu")
     assert image.isnan().nonzero().tolist() == [[1, 2, 3, 4]]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: [t.double() for t in state], "torch.float64"),
+        (lambda state: [t.to(memory_format=LAST) for t in state], "image has strides"),
+        (lambda state: [state[0].requires_grad_(), *state[1:]], None),
+        (lambda state: [torch.nn.Parameter(state[0], requires_grad=False), *state[1:]], "a Parameter"),
+    ],
+)
+def test_what_the_host_kernel_takes(change, reason):
+    """"auto" takes the reference for the rest; by name they are refused."""
+    state, grad = change(list(_problem((2, 3, 4, 5), torch.float32, torch.device("cpu")))), torch.randn(2, 3, 4, 5)
+    settings = {"betas": (0.5, 0.9), "eps": 1e-8, "low": LOW, "high": HIGH}
+    arguments = (state[0], grad.to(state[0].dtype), *state[1:], 1, 0.1)
+    assert _dispatch.choose("adam_clamp_", arguments, "auto", **settings) == ("cpu" if reason is None else "reference")
+    if reason is not None:
+        with pytest.raises(ValueError, match=f"adam_clamp_: backend cpu was asked for, but .*{reason}"):
+            _run(state, [arguments[1]], "cpu")
+
+
+def test_the_host_kernel_wants_numbers():
+    with pytest.raises(ValueError, match="step and lr must be numbers"):
+        _run(_problem((2, 3, 4, 5), torch.float32, torch.device("cpu")), [torch.ones(2, 3, 4, 5)], "cpu", as_tensor=True)

@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from numerics import check_kernel, relative_rms
+from numerics import check_gradient, check_kernel, check_output, relative_rms
 
 from fd2fast import ops
-from fd2fast.ops import prototype_loss
+from fd2fast.ops import _dispatch, prototype_loss
 
 # N, K, D: below, at and above the tiles of 32, one class, one column, prime sizes, several splits of D
 SIZES = [(1, 1, 1), (1, 2, 1), (5, 7, 131), (32, 3, 33), (3, 32, 64), (33, 65, 7), (3, 5, 601)]
@@ -127,6 +127,46 @@ def test_whole_graph(backend, device):
     expected, actual = loss(z), compiled(z)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, z), torch.autograd.grad(expected, z))
+
+
+@pytest.mark.parametrize(("rows", "classes", "dims"), [(3, 5, 8), (4, 7, 64), (5, 6, 203), (2, 2, 1024)])
+def test_by_cpp(rows, classes, dims):
+    """Both gates; a sample at its prototype has distance 0 and no gradient from it."""
+    z, normalize = torch.randn(rows, dims), torch.nn.functional.normalize
+    z, prototypes, labels = normalize(z), normalize(torch.randn(classes, dims)), torch.arange(rows) % classes
+    prototypes[0] = z[0]
+    near = prototypes[1] = z[1] * (1 + 1e-5)
+    assert (near != z[1]).any()
+    weights, results = torch.randn(rows), []
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+        leaf = z.to(dtype).requires_grad_()
+        loss = prototype_loss(leaf, prototypes.to(dtype), labels, backend=backend)
+        results.append((loss, torch.autograd.grad((loss * weights.to(dtype)).sum(), leaf)[0]))
+    check_output(*(r[0] for r in results), torch.float32, name="loss")
+    check_gradient(*(r[1] for r in results), torch.float32)
+    leaf = z.clone().requires_grad_()
+    loss = prototype_loss(leaf, prototypes, labels)  # "auto" takes it
+    assert torch.equal(loss, results[0][0])
+    assert torch.equal(torch.autograd.grad((loss * weights).sum(), leaf)[0], results[0][1])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda z, prototypes: (z, prototypes[:1]), "no other class"),
+        (lambda z, prototypes: (z.double(), prototypes), "torch.float64"),
+        (lambda z, prototypes: (z, prototypes.bfloat16()), "torch.bfloat16"),
+        (lambda z, prototypes: (z[:, ::2], prototypes[:, ::2].contiguous()), "z has strides"),
+    ],
+)
+def test_the_rest_is_left_to_the_reference(change, reason):
+    z, prototypes = change(torch.randn(3, 8), torch.randn(4, 8))
+    labels = torch.zeros(3, dtype=torch.int64)
+    assert _dispatch.choose("prototype_loss", (z, prototypes, labels), "auto") == "reference"
+    expected = prototype_loss(z, prototypes, labels, backend="reference")
+    assert torch.equal(prototype_loss(z, prototypes, labels), expected)
+    with pytest.raises(ValueError, match=f"prototype_loss: backend cpu was asked for, but .*{reason}"):
+        prototype_loss(z, prototypes, labels, backend="cpu")
 
 
 @pytest.mark.gpu
