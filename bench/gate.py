@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,6 +50,10 @@ LIMITS = {
 }
 
 
+# Rounding can widen a limit so many times at most: beyond, the case is no check.
+_MOST_ROUNDING = 10
+
+
 class Reference:
     """What the plain loop gives for a case: first gradient and loss terms of every teacher, and the images a little later."""
 
@@ -61,6 +66,24 @@ class Reference:
             plain(turn, read=True)
             self.firsts.append((plain.gradient, plain.terms))
         self.moved = _moved(Plain(self.case), self.case)
+        self._rounding: Errors | None = None
+
+    def rounding(self) -> Errors:
+        """What the plain loop's own fp32 arithmetic is off by, against float64: no fp32 implementation can be held to less."""
+        if self._rounding is None:
+            exact = _in_float64(self.case)
+            found = Errors()
+            for turn, (gradient, terms) in enumerate(self.firsts):
+                plain = Plain(exact)
+                plain(turn, read=True)
+                found.gradient = max(found.gradient, _worst(gradient, plain.gradient))
+                found.terms |= {
+                    name: max(found.terms.get(name, 0.0), _apart(terms[name], value))
+                    for name, value in plain.terms.items()
+                }
+            found.images = _worst(self.moved, _moved(Plain(exact), exact))
+            self._rounding = found
+        return self._rounding
 
     def errors_of(self, make: Callable[[Case], Any]) -> Errors:
         """make: the implementation for a case (this one, at a small learning rate)."""
@@ -72,14 +95,28 @@ class Reference:
             run(turn, read=True)
             found.gradient = max(found.gradient, _worst(run.gradient, gradient))
             for name, value in terms.items():
-                error = abs(run.terms[name] - value) / max(abs(value), 1e-6)
-                found.terms[name] = max(found.terms.get(name, 0.0), error)
+                found.terms[name] = max(found.terms.get(name, 0.0), _apart(run.terms[name], value))
         found.images = self.images_error_of(make)
         return found
 
     def images_error_of(self, make: Callable[[Case], Any]) -> float:
         """That of the images alone."""
         return _worst(_moved(make(self.case), self.case), self.moved)
+
+
+def _in_float64(case: Case) -> Case:
+    return dataclasses.replace(
+        case,
+        teachers=[copy.deepcopy(teacher).double() for teacher in case.teachers],
+        initial=case.initial.double(),
+        priors=[prior.double() for prior in case.priors],
+        low=case.low.double(),
+        high=case.high.double(),
+    )
+
+
+def _apart(value: float, expected: float) -> float:
+    return abs(value - expected) / max(abs(expected), 1e-6)
 
 
 def _moved(run: Any, case: Case) -> Tensor:
@@ -95,19 +132,25 @@ def _worst(actual: Tensor, expected: Tensor) -> float:
     return float(apart.flatten(1).norm(dim=1).max() / expected.norm())
 
 
-def check(name: str, errors: Errors, precision: str, peer: Errors | None = None) -> None:
-    """DisagreementError unless the errors are within the precision's limits, and not half as large again as a peer's in it."""
+def check(
+    name: str, errors: Errors, precision: str, peer: Errors | None = None, rounding: Callable[[], Errors] | None = None
+) -> None:
+    """DisagreementError unless the errors are within the precision's limits, and not half as large again as a peer's in it.
+
+    rounding: `Reference.rounding`, asked in fp32 where a limit is passed: three times as much is allowed, for two ways of
+    rounding flip other ReLUs (measured: ResNet-18, 20 images of 64 x 64, 0.006 of the gradient on one of two processors).
+    """
     limits = LIMITS[precision]
-    for what, found, limit, other in (
-        ("gradient", errors.gradient, limits.gradient, peer and peer.gradient),
-        ("images", errors.images, limits.images, peer and peer.images),
-        ("loss terms", errors.worst_term, limits.worst_term, peer and peer.worst_term),
-    ):
-        if other is not None:
-            limit = min(limit, 1.5 * other + 0.02)
-        if not found <= limit:
+    for what in ("gradient", "images", "worst_term"):
+        value, limit = getattr(errors, what), getattr(limits, what)
+        if peer is not None:
+            limit = min(limit, 1.5 * getattr(peer, what) + 0.02)
+        if value > limit and precision == "fp32" and rounding is not None:
+            limit = min(max(limit, 3 * getattr(rounding(), what)), _MOST_ROUNDING * limit)
+        if not value <= limit:
             raise DisagreementError(
-                f"{name} in {precision}: {what} off by {found:.2g} of the plain loop's, allowed {limit:.2g}"
+                f"{name} in {precision}: {what.replace('worst_term', 'loss terms')} off by {value:.2g} of the plain loop's, "
+                f"allowed {limit:.2g}"
             )
 
 

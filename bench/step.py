@@ -134,8 +134,9 @@ def checked(case: Case, fused: list[FusedTeacher]) -> dict[str, float]:
             "rival": reference.errors_of(functools.partial(Rival, losses=Losses(case, precision=arithmetic))),
             "engine": reference.errors_of(lambda c, a=arithmetic, t=teachers: Engine(c, t, precision=a)),
         }
-        check("rival", errors["rival"], arithmetic)
-        check("engine", errors["engine"], arithmetic, errors["rival"] if arithmetic in AUTOCAST else None)
+        check("rival", errors["rival"], arithmetic, rounding=reference.rounding)
+        peer = errors["rival"] if arithmetic in AUTOCAST else None
+        check("engine", errors["engine"], arithmetic, peer, reference.rounding)
         for name, error in errors.items():
             found |= error.record(f"{name} {arithmetic}")
     return found

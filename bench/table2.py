@@ -248,7 +248,7 @@ def _gate(rows: dict[str, dict[str, Any]], make: dict[str, Any], case: Case) -> 
             if way.startswith("engine"):
                 if "exact" not in known:
                     known["exact"] = reference.errors_of(make["engine in fp32"])
-                check("engine", known["exact"], "fp32")
+                check("engine", known["exact"], "fp32", rounding=reference.rounding)
             # a graph has no gradient to look at before the first update: the uncaptured code is the same
             code = "compiled" if way == "graph" else way
             if code not in known:
@@ -257,7 +257,7 @@ def _gate(rows: dict[str, dict[str, Any]], make: dict[str, Any], case: Case) -> 
                 known[way] = dataclasses.replace(known[code], images=reference.images_error_of(make[way]))
             used = "fp32" if way == "vectorised" else precision
             peer = known.get("bf16") if way.startswith("engine") and used in AUTOCAST else None
-            check(way, known[way], used, peer)
+            check(way, known[way], used, peer, reference.rounding)
             row |= known[way].record(way)
         except DisagreementError as error:
             row["note"] = f"no time: {error}"

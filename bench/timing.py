@@ -24,8 +24,8 @@ Run = Callable[[int], None]
 # Passes of an iteration over each BN input: written by the convolution, read and written by BN, read by the next one, and
 # back: two reads and a write through BN, a read and a write through the convolution.
 PASSES = 9
-# Periods that a GPU does in one turn.
-BURST = 5
+# Counted periods of one turn, by device.
+BURST = {"cuda": 5, "cpu": 3}
 
 
 def once(run: Run, t: int, device: torch.device) -> float:
@@ -80,11 +80,12 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Milliseconds an iteration, at least `rounds` values, each over `period` iterations (every teacher once); runs take turns.
 
-    A GPU does BURST periods in one turn, after one that is not counted, in which the host gets ahead. A run that runs out of
-    memory is dropped from `runs`; its list is empty.
+    A turn is BURST periods, after one that is not counted: in it a GPU's host gets ahead, and a CPU's caches fill again with what
+    the run before has driven out (measured: 2 of 20 ms, 20 images of 64 x 64). A run that runs out of memory is dropped from
+    `runs`; its list is empty.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
-    burst, ahead = (BURST, 1) if device.type == "cuda" else (1, 0)
+    burst, ahead = BURST[device.type], 1
     for turn in range(-warm_up, -(-rounds // burst)):
         for name in list(runs):
             first = (turn + warm_up) * (ahead + burst) * period

@@ -1,4 +1,4 @@
-// The two passes of crop.hpp: each plane is resized along rows as vectors, then along columns by tables of neighbours.
+// The two passes of crop.hpp: pixels of up to four channels as vectors, resized along columns, then along rows by tables of neighbours.
 #include "crop.hpp"
 
 #include <algorithm>
@@ -6,6 +6,10 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
+
+#include "lanes.hpp"
 
 namespace fd2fast::crop {
 namespace {
@@ -13,29 +17,6 @@ namespace {
 using std::int64_t;
 using std::size_t;
 using std::uint16_t;
-using std::uint32_t;
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float load(float v) { return v; }
-
-inline float load(bfloat16 v) {
-    const uint32_t wide = static_cast<uint32_t>(v.bits) << 16;
-    float f;
-    std::memcpy(&f, &wide, sizeof f);
-    return f;
-}
-
-inline void store(float* p, float v) { *p = v; }
-
-// To the nearest, ties to even; NaN stays NaN.
-inline void store(bfloat16* p, float v) {
-    uint32_t u;
-    std::memcpy(&u, &v, sizeof u);
-    p->bits = static_cast<uint16_t>(v == v ? (u + 0x7fffu + ((u >> 16) & 1u)) >> 16 : (u >> 16) | 0x40u);
-}
 
 // For each pixel p of the resized axis: its first neighbour in the crop, both shares, and the pixel of the view it goes to.
 struct Axis {
@@ -76,102 +57,167 @@ std::vector<int64_t> owners(const Batch& batch) {
     return found;
 }
 
-// One image and channel.
-template <typename T>
-void forward_plane(const Draw& d, const Axes& axes, int64_t size, const Images& images, const T* image,
-                   const Images& views, T* view, float* line) {
-    const int64_t step = images.stride[3], out = views.stride[3];
-    const Axis& right = axes.right;
-    line[d.width] = 0.0f;  // the neighbour behind the last pixel, which has no share
-    for (int64_t p = 0; p < size; ++p) {
-        const int64_t y = axes.down.first[p], below = std::min(y + 1, d.height - 1);
-        const float near = axes.down.near[p], far = axes.down.far[p];
-        const T* a = image + (d.top + y) * images.stride[2] + d.left * step;
-        const T* b = image + (d.top + below) * images.stride[2] + d.left * step;
-        if (step == 1)
-            for (int64_t x = 0; x < d.width; ++x) line[x] = near * load(a[x]) + far * load(b[x]);
-        else
-            for (int64_t x = 0; x < d.width; ++x) line[x] = near * load(a[x * step]) + far * load(b[x * step]);
-        T* row = view + axes.down.place[p] * views.stride[2];
-        for (int64_t q = 0; q < size; ++q) {
-            const float* t = line + right.first[q];
-            store(row + right.place[q] * out, right.near[q] * t[0] + right.far[q] * t[1]);
+// Up to four channels of one pixel side by side: what is done to a pixel is done to all of them at once.
+constexpr int lanes = 4;
+using Pixel = F<lanes>;
+
+// K channels `step` apart; lane by lane, because a vector load of what was just stored piece by piece waits for the stores.
+template <int K, typename T>
+FD2FAST_INLINE Pixel load_pixel(const T* p, int64_t step) {
+    const auto lane = [&](int c) { return c < K ? load<1>(p + c * step)[0] : 0.0f; };
+    return Pixel{lane(0), lane(1), lane(2), lane(3)};
+}
+
+template <int K>
+FD2FAST_INLINE void store_pixel(float* p, Pixel v, int64_t step) {
+    for (int c = 0; c < K; ++c) p[c * step] = v[c];
+}
+
+template <int K>
+FD2FAST_INLINE void store_pixel(bfloat16* p, Pixel v, int64_t step) {
+    const auto bits = rounded_bits<lanes>(v);
+    for (int c = 0; c < K; ++c) p[c * step].bits = static_cast<uint16_t>(bits[c]);
+}
+
+// Some channels of one image.
+struct Work {
+    const Draw& draw;
+    const Axes& axes;
+    int64_t size;
+    Pixel* buffer;
+};
+
+int64_t forward_pixels(const Images& images) { return 3 * (images.width + 1); }
+
+template <int K, typename T, typename V>
+void forward_image(const Work& work, const Images& images, const T* image, const Images& views, V* view) {
+    const Draw& d = work.draw;
+    const Axis &down = work.axes.down, &right = work.axes.right;
+    // the two rows of the crop that a row of the view lies between, by the parity of their number; `mix` of them
+    Pixel *rows[2] = {work.buffer, work.buffer + images.width + 1}, *mix = work.buffer + 2 * (images.width + 1);
+    int64_t held[2] = {-1, -1};
+    const auto row_of = [&](int64_t y) {
+        Pixel* row = rows[y % 2];
+        if (held[y % 2] != y) {
+            const T* from = image + (d.top + y) * images.stride[2] + d.left * images.stride[3];
+            for (int64_t x = 0; x < d.width; ++x)
+                row[x] = load_pixel<K>(from + x * images.stride[3], images.stride[1]);
+            held[y % 2] = y;
+        }
+        return row;
+    };
+    mix[d.width] = Pixel{};  // the neighbour behind the last pixel, which has no share
+    for (int64_t p = 0; p < work.size; ++p) {
+        const int64_t y = down.first[p];
+        const Pixel *a = row_of(y), *b = row_of(std::min(y + 1, d.height - 1));
+        for (int64_t x = 0; x < d.width; ++x) mix[x] = down.near[p] * a[x] + down.far[p] * b[x];
+        V* row = view + down.place[p] * views.stride[2];
+        for (int64_t q = 0; q < work.size; ++q) {
+            const Pixel* t = mix + right.first[q];
+            store_pixel<K>(row + right.place[q] * views.stride[3], right.near[q] * t[0] + right.far[q] * t[1],
+                           views.stride[1]);
         }
     }
 }
 
-// rows: [height + 1, size] of the crop, with the view's columns in the order before flip and roll; sums: 2 [width + 1].
-template <typename T>
-void backward_plane(const Draw& d, const Axes& axes, int64_t size, const Images& views, const T* grad,
-                    const Images& images, T* image, float* rows, float* line, float* sums) {
-    const int64_t in = views.stride[3], out = images.stride[3];
-    const Axis& right = axes.right;
-    std::fill(rows, rows + (d.height + 1) * size, 0.0f);
-    for (int64_t p = 0; p < size; ++p) {
-        const T* row = grad + axes.down.place[p] * views.stride[2];
-        const float near = axes.down.near[p], far = axes.down.far[p];
-        float* a = rows + axes.down.first[p] * size;
-        float* b = a + size;
-        for (int64_t q = 0; q < size; ++q) line[q] = load(row[right.place[q] * in]);
-        for (int64_t q = 0; q < size; ++q) a[q] += near * line[q];
-        for (int64_t q = 0; q < size; ++q) b[q] += far * line[q];
-    }
-    float *own = sums, *next = sums + d.width + 1;
-    for (int64_t y = 0; y < images.height; ++y) {
+int64_t backward_pixels(const Images& images, int64_t size) { return 2 * size + 2 * (images.width + 1); }
+
+template <int K, typename T, typename V>
+void backward_image(const Work& work, const Images& views, const V* grad, const Images& images, T* image) {
+    const Draw& d = work.draw;
+    const Axis &down = work.axes.down, &right = work.axes.right;
+    const int64_t size = work.size;
+    // rows y and y + 1 of the crop with the view's columns, in the order before flip and roll: all that is ever unfinished
+    Pixel *now = work.buffer, *next = now + size, *own = next + size, *beside = own + images.width + 1;
+    std::fill(now, now + 2 * size, Pixel{});
+    const auto clear = [&](int64_t y, int64_t first, int64_t end) {
         T* row = image + y * images.stride[2];
-        const bool inside = y >= d.top && y < d.top + d.height;
-        if (!inside) {
-            for (int64_t x = 0; x < images.width; ++x) store(row + x * out, 0.0f);
-            continue;
-        }
-        const float* from = rows + (y - d.top) * size;
-        std::fill(sums, sums + 2 * (d.width + 1), 0.0f);
+        for (int64_t x = first; x < end; ++x) store_pixel<K>(row + x * images.stride[3], Pixel{}, images.stride[1]);
+    };
+    const auto finish = [&](int64_t y) {
+        std::fill(own, own + 2 * (images.width + 1), Pixel{});
         // two sums, so that neighbouring pixels of the view do not wait for each other
         for (int64_t q = 0; q < size; ++q) {
-            own[right.first[q]] += right.near[q] * from[q];
-            next[right.first[q] + 1] += right.far[q] * from[q];
+            own[right.first[q]] += right.near[q] * now[q];
+            beside[right.first[q] + 1] += right.far[q] * now[q];
         }
-        for (int64_t x = 0; x < d.left; ++x) store(row + x * out, 0.0f);
-        for (int64_t x = 0; x < d.width; ++x) store(row + (d.left + x) * out, own[x] + next[x]);
-        for (int64_t x = d.left + d.width; x < images.width; ++x) store(row + x * out, 0.0f);
+        T* row = image + (d.top + y) * images.stride[2];
+        clear(d.top + y, 0, d.left);
+        for (int64_t x = 0; x < d.width; ++x)
+            store_pixel<K>(row + (d.left + x) * images.stride[3], own[x] + beside[x], images.stride[1]);
+        clear(d.top + y, d.left + d.width, images.width);
+        std::swap(now, next);
+        std::fill(next, next + size, Pixel{});
+    };
+    for (int64_t y = 0; y < d.top; ++y) clear(y, 0, images.width);
+    int64_t y = 0;
+    for (int64_t p = 0; p < size; ++p) {
+        for (; y < down.first[p]; ++y) finish(y);
+        const V* row = grad + down.place[p] * views.stride[2];
+        for (int64_t q = 0; q < size; ++q) {
+            const Pixel g = load_pixel<K>(row + right.place[q] * views.stride[3], views.stride[1]);
+            now[q] += down.near[p] * g;
+            next[q] += down.far[p] * g;
+        }
     }
+    for (; y < d.height; ++y) finish(y);
+    for (y = d.top + d.height; y < images.height; ++y) clear(y, 0, images.width);
 }
 
-template <typename T>
-void forward_all(const Batch& batch, const Images& images, const void* image, const Images& views, void* view) {
+template <int K>
+using Channels = std::integral_constant<int, K>;
+
+// Calls each with (number of channels, work, image number, first channel) for every image, some channels at a time.
+template <typename Each>
+void over_images(const Batch& batch, int64_t pixels, const Each& each) {
     const auto axes = axes_of(batch);
     const auto owner = owners(batch);
-    const int64_t planes = static_cast<int64_t>(owner.size()) * batch.channels, length = images.width + 1;
-    std::vector<float> lines(static_cast<size_t>(batch.threads * length));
+    const int64_t parts = (batch.channels + lanes - 1) / lanes, count = static_cast<int64_t>(owner.size()) * parts;
+    std::vector<Pixel> buffers(static_cast<size_t>(batch.threads * pixels));
     // exceptions cannot leave a parallel region: everything is allocated before
 #pragma omp parallel for num_threads(batch.threads) schedule(static)
     for (int thread = 0; thread < batch.threads; ++thread)
-        for (int64_t k = planes * thread / batch.threads; k < planes * (thread + 1) / batch.threads; ++k) {
-            const int64_t n = k / batch.channels, c = k % batch.channels, s = owner[n];
-            forward_plane(batch.draws[s], axes[s], batch.size, images,
-                          static_cast<const T*>(image) + n * images.stride[0] + c * images.stride[1], views,
-                          static_cast<T*>(view) + n * views.stride[0] + c * views.stride[1],
-                          lines.data() + thread * length);
+        for (int64_t k = count * thread / batch.threads; k < count * (thread + 1) / batch.threads; ++k) {
+            const int64_t n = k / parts, c = k % parts * lanes, s = owner[n];
+            const Work work{batch.draws[s], axes[s], batch.size, buffers.data() + thread * pixels};
+            switch (std::min<int64_t>(lanes, batch.channels - c)) {
+                case 1: each(Channels<1>{}, work, n, c); break;
+                case 2: each(Channels<2>{}, work, n, c); break;
+                case 3: each(Channels<3>{}, work, n, c); break;
+                default: each(Channels<lanes>{}, work, n, c);
+            }
         }
 }
 
-template <typename T>
+template <typename T, typename V>
+void forward_all(const Batch& batch, const Images& images, const void* image, const Images& views, void* view) {
+    over_images(batch, forward_pixels(images), [&](auto channels, const Work& work, int64_t n, int64_t c) {
+        forward_image<decltype(channels)::value>(work, images, static_cast<const T*>(image) + n * images.stride[0] + c * images.stride[1], views,
+                      static_cast<V*>(view) + n * views.stride[0] + c * views.stride[1]);
+    });
+}
+
+template <typename T, typename V>
 void backward_all(const Batch& batch, const Images& views, const void* grad, const Images& images, void* grad_image) {
-    const auto axes = axes_of(batch);
-    const auto owner = owners(batch);
-    const int64_t planes = static_cast<int64_t>(owner.size()) * batch.channels;
-    const int64_t held = (images.height + 1) * batch.size, length = held + batch.size + 2 * (images.width + 1);
-    std::vector<float> buffers(static_cast<size_t>(batch.threads * length));
-#pragma omp parallel for num_threads(batch.threads) schedule(static)
-    for (int thread = 0; thread < batch.threads; ++thread)
-        for (int64_t k = planes * thread / batch.threads; k < planes * (thread + 1) / batch.threads; ++k) {
-            const int64_t n = k / batch.channels, c = k % batch.channels, s = owner[n];
-            float* rows = buffers.data() + thread * length;
-            backward_plane(batch.draws[s], axes[s], batch.size, views,
-                           static_cast<const T*>(grad) + n * views.stride[0] + c * views.stride[1], images,
-                           static_cast<T*>(grad_image) + n * images.stride[0] + c * images.stride[1], rows, rows + held,
-                           rows + held + batch.size);
-        }
+    over_images(batch, backward_pixels(images, batch.size), [&](auto channels, const Work& work, int64_t n, int64_t c) {
+        backward_image<decltype(channels)::value>(work, views, static_cast<const V*>(grad) + n * views.stride[0] + c * views.stride[1], images,
+                       static_cast<T*>(grad_image) + n * images.stride[0] + c * images.stride[1]);
+    });
+}
+
+// Calls each with a null pointer to the images' type and one to the views'.
+template <typename Each>
+void by_types(const Batch& batch, const Each& each) {
+    const auto with = [&](auto* image) {
+        if (batch.view_type == Type::float32)
+            each(image, static_cast<float*>(nullptr));
+        else
+            each(image, static_cast<bfloat16*>(nullptr));
+    };
+    if (batch.type == Type::float32)
+        with(static_cast<float*>(nullptr));
+    else
+        with(static_cast<bfloat16*>(nullptr));
 }
 
 }  // namespace
@@ -187,18 +233,16 @@ void check(const Batch& batch, const Images& images) {
 
 void forward(const Batch& batch, const Images& images, const void* image, const Images& views, void* view) {
     check(batch, images);
-    if (batch.type == Type::float32)
-        forward_all<float>(batch, images, image, views, view);
-    else
-        forward_all<bfloat16>(batch, images, image, views, view);
+    by_types(batch, [&](auto* t, auto* v) {
+        forward_all<std::decay_t<decltype(*t)>, std::decay_t<decltype(*v)>>(batch, images, image, views, view);
+    });
 }
 
 void backward(const Batch& batch, const Images& views, const void* grad, const Images& images, void* grad_image) {
     check(batch, images);
-    if (batch.type == Type::float32)
-        backward_all<float>(batch, views, grad, images, grad_image);
-    else
-        backward_all<bfloat16>(batch, views, grad, images, grad_image);
+    by_types(batch, [&](auto* t, auto* v) {
+        backward_all<std::decay_t<decltype(*t)>, std::decay_t<decltype(*v)>>(batch, views, grad, images, grad_image);
+    });
 }
 
 }  // namespace fd2fast::crop

@@ -22,7 +22,7 @@ struct Draw {
 };
 
 struct Batch {
-    Type type;
+    Type type, view_type;                 // of the images and of the views
     std::int64_t channels, size;          // of the views [N, C, size, size]
     std::vector<std::int64_t> segments;   // row offsets [S + 1]
     std::vector<Draw> draws;              // [S]

@@ -70,6 +70,15 @@ FD2FAST_INLINE void store(float* p, F<W> v) {
     std::memcpy(p, &v, sizeof v);
 }
 
+// The bits of bf16 values, each in 32: to the nearest, ties to even; NaN stays NaN.
+template <int W>
+FD2FAST_INLINE typename Lanes<W>::U rounded_bits(F<W> v) {
+    using U = typename Lanes<W>::U;
+    const U u = (U)v;
+    const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return (v == v) ? rounded : ((u >> 16) | 0x40u);
+}
+
 // To the nearest, ties to even; NaN stays NaN. The processor's own conversion, where it has one, takes values below 2^-126 for 0.
 template <int W>
 FD2FAST_INLINE void store(bfloat16* p, F<W> v) {
@@ -84,11 +93,7 @@ FD2FAST_INLINE void store(bfloat16* p, F<W> v) {
         return;
     }
 #endif
-    using U = typename Lanes<W>::U;
-    const U u = (U)v;
-    const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const U kept = (v == v) ? rounded : ((u >> 16) | 0x40u);
-    const auto h = __builtin_convertvector(kept, typename Lanes<W>::H);
+    const auto h = __builtin_convertvector(rounded_bits<W>(v), typename Lanes<W>::H);
     std::memcpy(p, &h, sizeof h);
 }
 

@@ -497,10 +497,15 @@ class GroupedStep:
         self.gradient = None  # not beside the activations
         row = self._table.row()
         images = self.images.detach().requires_grad_(True)
-        view = ops.crop_flip_roll(images, row.draws, self.offsets, self.images.shape[-1])
+        tasks = self._schedule[turn]
+        # as the one teacher reads it; several teachers' gradients are summed in the images' own type
+        dtype = self._fused[tasks[0].teacher].dtype if len(tasks) == 1 else images.dtype
+        view = ops.crop_flip_roll(
+            images, row.draws, self.offsets, images.shape[-1], dtype=dtype, memory_format=torch.channels_last
+        )
         seen = view.detach().requires_grad_(True)  # teachers run back one by one, the adjoint of the view runs once
         losses = torch.zeros(len(self.offsets) - 1, len(TERMS), dtype=self._loss_dtype, device=self.device)
-        for task in self._schedule[turn]:
+        for task in tasks:
             part = task.part
             rows = seen if part.rows is None else seen.index_select(0, part.rows)
             found = self._teacher_losses(task, rows)

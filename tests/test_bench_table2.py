@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_tools import load_bench
 
-table2, gate, timing, results = (load_bench(name) for name in ("table2", "gate", "timing", "results"))
+table2, gate, timing, results, cases = (load_bench(name) for name in ("table2", "gate", "timing", "results", "cases"))
 
 TINY = ["--quick", "--device", "cpu", "--precision", "bf16", "--rounds", "2"]
 
@@ -149,12 +149,32 @@ def test_errors_are_held_to_the_precision_and_to_a_peer():
         gate.check("row", gate.Errors(gradient=float("nan"), terms={"bn": 0.0}), "bf16")
 
 
+def test_limits_in_fp32_follow_the_rounding_of_the_plain_loop():
+    bad = gate.Errors(gradient=0.006, images=0.01, terms={"bn": 1e-6})
+    gate.check("row", bad, "fp32", rounding=lambda: gate.Errors(gradient=0.003, terms={"bn": 0.0}))
+    with pytest.raises(gate.DisagreementError, match=r"gradient off by 0.006 .* allowed 0.005"):
+        gate.check("row", bad, "fp32", rounding=lambda: gate.Errors(gradient=0.001, terms={"bn": 0.0}))
+    worse = gate.Errors(gradient=0.2, terms={"bn": 0.0})
+    with pytest.raises(gate.DisagreementError, match=r"gradient off by 0.2 .* allowed 0.05"):
+        gate.check("row", worse, "fp32", rounding=lambda: worse)
+
+
+def test_rounding_of_the_plain_loop_is_small_and_not_nothing():
+    teacher = cases.make_teacher("ResNet18", classes=4, size=32, device=torch.device("cpu"))
+    case = cases.make_case("sre2l++_fd2", [teacher], rows=3, priors=1, precision="fp32", device=torch.device("cpu"))
+    errors = gate.Reference(case).rounding()
+    assert 1e-8 < errors.gradient < 0.05
+    assert 1e-8 < errors.images < 0.1
+    assert 0 < errors.worst_term < 1e-3
+
+
 def test_turns_and_quantiles():
     order: list[str] = []
     runs = {name: lambda t, n=name: order.append(f"{n}{t}") for name in "ab"}
-    found = timing.interleaved(runs, 2, 2, torch.device("cpu"), warm_up=1)
-    assert order == ["a0", "a1", "b0", "b1", "a2", "a3", "b2", "b3", "a4", "a5", "b4", "b5"]
-    assert [len(v) for v in found.values()] == [2, 2]
+    found = timing.interleaved(runs, 4, 2, torch.device("cpu"), warm_up=1)
+    turns = [[f"{name}{8 * turn + t}" for t in range(8)] for turn in range(3) for name in "ab"]
+    assert order == [step for turn in turns for step in turn]
+    assert [len(v) for v in found.values()] == [6, 6]
     assert timing.quantiles([3.0, 1.0, 2.0])[1] == 2.0
     assert timing.quantiles([5.0]) == (5.0, 5.0, 5.0)
     assert timing.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0

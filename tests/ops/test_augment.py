@@ -160,6 +160,16 @@ def test_channels_last_stays(device):
     assert torch.autograd.grad(out.square().sum(), images)[0].is_contiguous(memory_format=LAST)
 
 
+@pytest.mark.parametrize("layout", [LAST, FIRST])
+def test_views_in_another_type_and_layout(layout, device):
+    images = torch.randn(2, 3, 4, 4, device=device).requires_grad_()
+    settings = [[0, 0, 3, 4, 0, 1, 0]], [0, 2], 5
+    out = ops.crop_flip_roll(images, *settings, dtype=torch.bfloat16, memory_format=layout, backend="triton")
+    assert torch.equal(out, ops.crop_flip_roll(images, *settings, backend="triton").to(torch.bfloat16))
+    assert out.is_contiguous(memory_format=layout)
+    assert torch.autograd.grad(out.sum(), images)[0].dtype == images.dtype
+
+
 def test_no_images(device):
     images = torch.zeros(0, 3, 6, 6, device=device)
     assert ops.crop_flip_roll(images, [[0, 0, 6, 6, 0, 0, 0]], [0, 0], 4, backend="triton").shape == (0, 3, 4, 4)

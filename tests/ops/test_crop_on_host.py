@@ -53,6 +53,41 @@ def test_both_gates(height, width, size, dtype, layouts, monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 9])
+def test_any_number_of_channels(channels):
+    images, rows = torch.randn(3, channels, 12, 10), rows_for(12, 10, 13, 2)
+    weights, results = torch.randn(3, channels, 13, 13), []
+    for backend in ("auto", "reference"):
+        given = images.clone().requires_grad_()
+        out = ops.crop_flip_roll(given, rows, [0, 1, 3], 13, backend=backend)
+        results.append((out, torch.autograd.grad(out, given, weights)[0]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("layout", [LAST, FIRST, None])
+@pytest.mark.parametrize(("given", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float64")])
+def test_views_in_another_type_and_layout_are_those_converted(given, dtype, layout, backend):
+    images, dtype = torch.randn(3, 3, 12, 10).to(getattr(torch, given)), getattr(torch, dtype)
+    weights, rows = torch.randn(3, 3, 13, 13).to(dtype), rows_for(12, 10, 13, 2)
+    at_once, after = images.clone().requires_grad_(), images.clone().requires_grad_()
+    views = ops.crop_flip_roll(at_once, rows, [0, 1, 3], 13, dtype=dtype, memory_format=layout, backend=backend)
+    fine = ops.crop_flip_roll(after.float(), rows, [0, 1, 3], 13, backend=backend)
+    assert views.dtype == dtype
+    assert views.is_contiguous(memory_format=layout or FIRST)
+    if backend == "auto" and dtype != torch.float64:  # that is the reference's
+        assert torch.equal(views, fine.to(dtype))
+    tolerance = 1e-5 if dtype == torch.float64 else 1e-2
+    torch.testing.assert_close(views, fine.to(dtype), rtol=tolerance, atol=tolerance)
+    gradients = [
+        torch.autograd.grad(out, leaf, g)[0]
+        for out, leaf, g in ((views, at_once, weights), (fine, after, weights.to(fine.dtype)))
+    ]
+    assert gradients[0].dtype == images.dtype
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+
+
 def test_the_adjoint_is_the_adjoint():
     """<y, A x> = <A' y, x>, also for a gradient without a memory of its own."""
     rows, segments = rows_for(20, 30, 32, 2), [0, 2, 3]
@@ -99,5 +134,7 @@ def test_crops_are_checked_where_nothing_else_does():
     images, out = torch.randn(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
     for row in ([1, 0, 8, 8, 0, 0, 0], [0, -1, 8, 8, 0, 0, 0], [0, 0, 0, 8, 0, 0, 0]):
         with pytest.raises(ValueError, match="crop 0 must lie inside the image"):
-            augment._native.forward(False, [0, 1], [row], *augment._described(images), *augment._described(out), 1)
+            augment._native.forward(
+                False, False, [0, 1], [row], *augment._described(images), *augment._described(out), 1
+            )
     assert not out.any()
