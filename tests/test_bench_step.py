@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from bench_tools import load_bench
 
-bench, results = load_bench("step"), load_bench("results")
-cases, ways = load_bench("cases"), load_bench("ways")
+from bench import cases, results, ways
+from bench import step as bench
 
 TINY = ["--quick", "--no-compile", "--device", "cpu", "--precision", "bf16", "--repetitions", "1"]
 
