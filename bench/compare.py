@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import results
 import tyro
 
+from bench import results
 from fd2fast.errors import UserError
 
 # what a row measured, where it has these

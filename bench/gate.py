@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cases import Case
 from torch import Tensor
-from ways import Engine, Plain
+
+from bench.cases import Case
+from bench.ways import Engine, Plain
 
 # Iterations of every teacher after which the images are compared, at a rate at which Adam does not yet amplify rounding.
 ROUNDS, RATE = 3, 1e-3

@@ -59,7 +59,7 @@ if wanted memcheck; then
   fi
 fi
 if wanted kernels; then
-  step kernels 0 "$python" bench/kernels.py --csv "$out/kernels.csv"
+  step kernels 0 "$python" -m bench.kernels --csv "$out/kernels.csv"
 fi
 if wanted table; then
   step table2 0 "$python" -m fd2fast bench table2 --out "$out"

@@ -1,8 +1,8 @@
 """Time and memory of each operation's kernel against the eager and the compiled reference, after checking the kernel.
 
-python bench/kernels.py                      # every operation at the paper's sizes, on a GPU
-python bench/kernels.py --op prototype_loss  # only these
-python bench/kernels.py --csv FILE           # also append one row for each line printed
+python -m bench.kernels                      # every operation at the paper's sizes, on a GPU
+python -m bench.kernels --op prototype_loss  # only these
+python -m bench.kernels --csv FILE           # also append one row for each line printed
 
 Times are the median (and 20 and 80 % quantiles) of one call as a CUDA graph, after the L2 cache was overwritten, as in
 the step. The backward is forward and backward together less the forward. Without a GPU (--device cpu) only the two
@@ -21,8 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from registry import REGISTRY, Problem
-from shapes import PAPER, TINY
+
+from bench.registry import REGISTRY, Problem
+from bench.shapes import PAPER, TINY
 
 COPY_RATE = 4.3e12  # bytes/s of a copy on an H200, measured
 CALLS = 50

@@ -27,15 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import results
-import timing
 import torch
 import torch.nn.functional as F
 import tyro
-from gate import DisagreementError
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bench import results, timing
+from bench.gate import DisagreementError
 from fd2fast.device import pick_device
 from fd2fast.errors import UserError
 from fd2fast.memory import is_out_of_memory

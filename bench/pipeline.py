@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import results
-import timing
 import torch
 import tyro
-from cases import make_case, make_teacher
-from ways import Engine, fused_of
 
+from bench import results, timing
+from bench.cases import make_case, make_teacher
+from bench.ways import Engine, fused_of
 from fd2fast import artifacts
 from fd2fast.config import replace
 from fd2fast.device import pick_device

@@ -1,7 +1,7 @@
 """Time and memory of planning and of filling iteration tables: C++ against plain Python and vectorised numpy.
 
-python bench/planner.py              # every case, one JSON object a line
-python bench/planner.py --case NAME  # one case, in this process
+python -m bench.planner              # every case, one JSON object a line
+python -m bench.planner --case NAME  # one case, in this process
 """
 
 import argparse
@@ -136,9 +136,10 @@ def main() -> None:
     machine = {"cpus": os.cpu_count(), "machine": platform.machine()}
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     print(json.dumps({"commit": commit, **machine, **versions}), flush=True)
+    root = Path(__file__).parents[1]
     for name in CASES:  # a process each: peak memory is per process
-        command = [sys.executable, __file__, "--case", name, "--repeats", str(args.repeats)]
-        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="", flush=True)
+        command = [sys.executable, "-m", "bench.planner", "--case", name, "--repeats", str(args.repeats)]
+        print(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,13 @@
 """What is measured of each operation: its inputs at a size, the call, the gradients and the bytes it must move."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench.numerics import check_kernel
 from fd2fast import ops
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from numerics import check_kernel  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class Problem:
     backward_bytes: int
 
     def check(self) -> None:
-        """AssertionError where the kernel fails a gate of tests/numerics.py against the float64 reference."""
+        """AssertionError where the kernel fails a gate of bench/numerics.py against the float64 reference."""
         check_kernel(self.call, self.inputs, self.dtype, grads=self.grads)
 
 

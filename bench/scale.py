@@ -28,13 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import results
-import timing
 import torch
 import tyro
-from cases import check_method, make_case, make_teacher
-from ways import Engine, fused_of
 
+from bench import results, timing
+from bench.cases import check_method, make_case, make_teacher
+from bench.ways import Engine, fused_of
 from fd2fast.device import pick_device
 from fd2fast.errors import UserError
 from fd2fast.memory import is_out_of_memory

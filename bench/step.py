@@ -29,14 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import results
-import timing
 import torch
 import tyro
-from cases import PAPER_METHODS, POOL, Case, check_method, make_case, make_teacher, teachers_of
-from gate import LIMITS, DisagreementError, Reference, check, settle_reference_arithmetic
-from ways import AUTOCAST, Engine, Losses, Plain, Rival, fused_of
 
+from bench import results, timing
+from bench.cases import PAPER_METHODS, POOL, Case, check_method, make_case, make_teacher, teachers_of
+from bench.gate import LIMITS, DisagreementError, Reference, check, settle_reference_arithmetic
+from bench.ways import AUTOCAST, Engine, Losses, Plain, Rival, fused_of
 from fd2fast.device import pick_device
 from fd2fast.errors import UserError
 from fd2fast.memory import is_out_of_memory

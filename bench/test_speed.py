@@ -7,23 +7,19 @@ pytest bench/test_speed.py --benchmark-compare                   # against what 
 The normal test run does not collect this file. Every implementation is compared with its reference before it is timed.
 """
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from bench.registry import REGISTRY, Problem
+from bench.shapes import PAPER
 from fd2fast import ops
 from fd2fast.models import frozen
 from fd2fast.planner import iteration_table, make_plan
 from fd2fast.reference import planner as reference
-
-sys.path.insert(0, str(Path(__file__).parent))
-from registry import REGISTRY, Problem  # noqa: E402
-from shapes import PAPER  # noqa: E402
 
 CPU = torch.device("cpu")
 # a tenth of the paper's batch at a quarter of its pixels, so that each call takes milliseconds

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from cases import Case
 from torch import Tensor, nn
 
+from bench.cases import Case
 from fd2fast.device import repeatable
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher

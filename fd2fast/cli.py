@@ -179,12 +179,14 @@ def run(arguments: Sequence[str]) -> None:
 
 def bench(arguments: Sequence[str]) -> None:
     """Measure: fd2fast bench NAME [OPTIONS] runs bench/NAME.py of the source checkout."""
+    import importlib.util
     import runpy
 
     import fd2fast
 
     folder = Path(fd2fast.__file__).parents[1] / "bench"
-    if not folder.is_dir():
+    package = importlib.util.spec_from_file_location("bench", folder / "__init__.py")
+    if package is None or not (folder / "__init__.py").is_file():
         raise UserError('benches are part of the source checkout: install it with pip install -e ".[test]"')
     found = {
         path.stem: path
@@ -196,10 +198,9 @@ def bench(arguments: Sequence[str]) -> None:
         return
     if arguments[0] not in found:
         raise UserError(f"unknown bench {arguments[0]!r}: {nearest(arguments[0], found)}")
-    path = found[arguments[0]]
-    sys.argv = [str(path), *arguments[1:]]
-    sys.path.insert(0, str(folder))
-    runpy.run_path(str(path), run_name="__main__")
+    sys.modules["bench"] = importlib.util.module_from_spec(package)  # of this checkout, wherever it is started
+    sys.argv = [str(found[arguments[0]]), *arguments[1:]]
+    runpy.run_module(f"bench.{arguments[0]}", run_name="__main__", alter_sys=True)
 
 
 def import_(*, checkpoint: FilePath, dataset: FilePath, model: str, out: FilePath, overwrite: bool = False) -> None:

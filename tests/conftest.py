@@ -1,9 +1,7 @@
-"""Set-up shared by all tests: interpreter without a GPU, seeds, threads, gpu marker, helper modules."""
+"""Set-up shared by all tests: interpreter without a GPU, seeds, threads, gpu marker."""
 
 import os
 import random
-import sys
-from pathlib import Path
 
 # before torch: one thread, also in the processes that tests start; they say so where they want more
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,9 +17,6 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # read by triton when it is imported, which nothing has done yet
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# so that tests can import helper modules such as numerics although they are not a package
-sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -1,21 +1,11 @@
 """The kernel bench runs at tiny sizes without a GPU, and reports nothing for a kernel that is wrong."""
 
 import csv
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-import registry  # noqa: E402
-import shapes  # noqa: E402
-
-# by its file: the name kernels is taken by a folder that must not be imported
-spec = importlib.util.spec_from_file_location("bench_kernels", BENCH / "kernels.py")
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+from bench import kernels as bench
+from bench import registry, shapes
 
 TINY = ["--device", "cpu", "--tiny", "--calls", "2", "--no-compile"]
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from bench_tools import load_bench
 
-matching, results = load_bench("matching"), load_bench("results")
+from bench import matching, results
 
 TINY = ["--quick", "--device", "cpu"]
 

@@ -4,12 +4,10 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from bench_tools import load_bench
 
+from bench import compare, pipeline, results, scale
 from fd2fast.artifacts import open_stage
 from fd2fast.planner import make_plan
-
-compare, pipeline, results, scale = (load_bench(name) for name in ("compare", "pipeline", "results", "scale"))
 
 TINY = ["--quick", "--device", "cpu", "--precision", "fp32", "--rounds", "2"]
 

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from bench_tools import load_bench
 
+from bench import cases, results, ways
+from bench import step as bench
 from fd2fast.step import losses
-
-bench, results = load_bench("step"), load_bench("results")
-cases, ways = load_bench("cases"), load_bench("ways")
 
 TINY = ["--quick", "--no-compile", "--device", "cpu", "--precision", "bf16", "--repetitions", "1"]
 

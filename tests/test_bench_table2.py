@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from bench_tools import load_bench
 
-table2, gate, timing, results, cases = (load_bench(name) for name in ("table2", "gate", "timing", "results", "cases"))
+from bench import cases, gate, results, table2, timing
 
 TINY = ["--quick", "--device", "cpu", "--precision", "bf16", "--rounds", "2"]
 

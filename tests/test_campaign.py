@@ -48,8 +48,7 @@ def layered(code: str, folder: Path, before: str) -> subprocess.CompletedProcess
     script = f"""
 import os, sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from campaign import layer
+from tests.campaign import layer
 root = Path({str(folder)!r})
 {before}
 {code}

@@ -105,6 +105,14 @@ def test_options_change_the_preset_and_the_file(tmp_path, monkeypatch):
     assert (config.distill.lr, config.distill.lam, seen["overwrite"]) == (0.1, 0.6, True)
 
 
+def test_a_bench_starts_from_any_folder(tmp_path):
+    """The package of the checkout is found without being on the search path, also by benches that import each other."""
+    command = [sys.executable, "-m", "fd2fast", "bench", "compare", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage:" in done.stdout
+
+
 def test_interrupt_says_how_to_go_on(capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

@@ -7,6 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "fd2fast").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
+BENCH = sorted((ROOT / "bench").glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+# Modules of tests/ that are imported by their plain names.
+HELPERS = {path.stem for path in TESTS if path.parent == ROOT / "tests"}
 
 # Room -> rooms it may import. Files directly below fd2fast/ are rooms of their own name.
 BASE = {"errors", "config", "fd2fast"}
@@ -122,6 +126,11 @@ def room_of(path: Path) -> str:
 
 def imported(path: Path) -> set[str]:
     """The fd2fast modules a file imports, anywhere in it."""
+    return {name for name in imports_of(path) if name == "fd2fast" or name.startswith("fd2fast.")}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The full names of all modules (and what is taken from them) that a file imports, anywhere in it."""
     found: set[str] = set()
     package = ("fd2fast", *path.relative_to(ROOT).with_suffix("").parts[1:-1])
     if path.relative_to(ROOT).parts[0] == "kernels":
@@ -134,7 +143,7 @@ def imported(path: Path) -> set[str]:
             module = ".".join(part for part in (base, node.module or "") if part)
             found.add(module)
             found |= {f"{module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name == "fd2fast" or name.startswith("fd2fast.")}
+    return found
 
 
 def rooms_imported(path: Path) -> set[str]:
@@ -173,3 +182,20 @@ def test_the_allowed_directions_have_no_circle():
         ready = [room for room in ALLOWED if room not in order and ALLOWED[room] - {room} <= set(order)]
         assert ready, f"circle among {set(ALLOWED) - set(order)}"
         order += ready
+
+
+@pytest.mark.parametrize("path", FILES + BENCH, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_but_tests_imports_tests_and_the_package_not_bench(path):
+    forbidden = {"tests", *HELPERS} | ({"bench"} if path in FILES else set())
+    names = {name.split(".")[0] for name in imports_of(path)}
+    assert not names & forbidden
+
+
+@pytest.mark.parametrize("path", BENCH + TESTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_benches_and_tests_do_not_change_the_search_path(path):
+    changed = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("sys.path.")
+    ]
+    assert not changed

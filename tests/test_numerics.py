@@ -1,8 +1,9 @@
-"""The gates of tests/numerics.py reject the errors that kernels make, and accept rounding."""
+"""The gates of bench/numerics.py reject the errors that kernels make, and accept rounding."""
 
 import pytest
 import torch
-from numerics import RELATIVE_RMS, check_gradient, check_output, relative_rms
+
+from bench.numerics import RELATIVE_RMS, check_gradient, check_output, relative_rms
 
 DTYPES = list(RELATIVE_RMS)
 

@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from bench_tools import load_bench
 from torch import Tensor
 
+from bench import cases, ways
 from fd2fast.models.fused import fuse
 
-cases, ways = load_bench("cases"), load_bench("ways")
 CPU, ROWS = torch.device("cpu"), 2
 
 

@@ -22,7 +22,9 @@ else:
     WHY_NOT = None
 
 
-def _dense_alike(image: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *_: Any, **settings: Any) -> str | None:
+def _dense_alike(
+    image: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *_: Any, **settings: Any
+) -> str | None:
     layout = dense_format(image)
     if layout is None:
         return f"image has strides {list(image.stride())}, neither contiguous nor channels_last"

@@ -10,6 +10,7 @@ from fd2fast.ops import _checks, _dispatch
 from fd2fast.ops._layout import dense, dense_like
 from fd2fast.reference._offsets import Offsets, accumulation_dtype, device_offsets
 
+
 def _kernels() -> Any:
     return _dispatch.kernels("attention_similarity")
 

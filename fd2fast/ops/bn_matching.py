@@ -252,9 +252,7 @@ def _fused(
     return _act(x, *(c.contiguous() for c in constants), bounds, residual, activation, eps, matching)
 
 
-def _act_by_triton(
-    x: Tensor, residual: Tensor | None, *constants: Tensor, activation: str, eps: float
-) -> Tensor:
+def _act_by_triton(x: Tensor, residual: Tensor | None, *constants: Tensor, activation: str, eps: float) -> Tensor:
     return _fused(x, residual, constants, [0, x.shape[0]], activation, eps, False)[0]
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from numerics import check_gradient, check_output
 from timm.layers import Conv2dSame
 from timm.layers.pool2d_same import MaxPool2dSame
 from torch import nn
 from torch.nn import functional as F
 
+from bench.numerics import check_gradient, check_output
 from fd2fast import reference
 from fd2fast.models import cpu, frozen
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from numerics import check_output
 
+from bench.numerics import check_output
 from fd2fast import ops
 from fd2fast.ops import _dispatch, adam_clamp
 
@@ -199,7 +199,7 @@ def test_on_the_host_nan_stays_and_autograd_notices():
     ],
 )
 def test_what_the_host_kernel_takes(change, reason):
-    """"auto" takes the reference for the rest; by name they are refused."""
+    """ "auto" takes the reference for the rest; by name they are refused."""
     state, grad = change(list(_problem((2, 3, 4, 5), torch.float32, torch.device("cpu")))), torch.randn(2, 3, 4, 5)
     settings = {"betas": (0.5, 0.9), "eps": 1e-8, "low": LOW, "high": HIGH}
     arguments = (state[0], grad.to(state[0].dtype), *state[1:], 1, 0.1)
@@ -211,4 +211,6 @@ def test_what_the_host_kernel_takes(change, reason):
 
 def test_the_host_kernel_wants_numbers():
     with pytest.raises(ValueError, match="step and lr must be numbers"):
-        _run(_problem((2, 3, 4, 5), torch.float32, torch.device("cpu")), [torch.ones(2, 3, 4, 5)], "cpu", as_tensor=True)
+        _run(
+            _problem((2, 3, 4, 5), torch.float32, torch.device("cpu")), [torch.ones(2, 3, 4, 5)], "cpu", as_tensor=True
+        )

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
-from numerics import check_gradient, check_output
 
+from bench.numerics import check_gradient, check_output
 from fd2fast import ops
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from numerics import check_kernel
 
+from bench.numerics import check_kernel
 from fd2fast import ops
 from fd2fast.ops import bilinear_attention_pool as pool
 

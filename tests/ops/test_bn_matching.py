@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from numerics import check_gradient, check_output
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.numerics import check_gradient, check_output
 from fd2fast import ops
 from fd2fast.ops.bn_matching import _few_rows
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from numerics import check_gradient, check_output
 
+from bench.numerics import check_gradient, check_output
 from fd2fast import ops
 from fd2fast.ops import augment
 

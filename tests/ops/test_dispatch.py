@@ -88,9 +88,7 @@ def test_each_backend_runs_its_own(operation, caplog):
     with caplog.at_level("INFO", logger="fd2fast.ops"):
         for _ in range(2):
             assert _dispatch.run(operation, "auto", x.double()).dtype == torch.float64
-    assert [r.getMessage() for r in caplog.records] == [
-        "made_up does not run on the cpu backend: one is torch.float64"
-    ]
+    assert [r.getMessage() for r in caplog.records] == ["made_up does not run on the cpu backend: one is torch.float64"]
     with pytest.raises(ValueError, match="made_up: backend cpu was asked for, but one is torch.float64"):
         _dispatch.run(operation, "cpu", x.double())
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from numerics import check_kernel
 
+from bench.numerics import check_kernel
 from fd2fast import ops, reference
 
 WINDOWS = pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from numerics import check_gradient, check_kernel, check_output, relative_rms
 
+from bench.numerics import check_gradient, check_kernel, check_output, relative_rms
 from fd2fast import ops
 from fd2fast.ops import _dispatch, prototype_loss
 

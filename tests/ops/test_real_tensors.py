@@ -3,8 +3,8 @@
 import pytest
 import torch
 from distill_tools import MEAN, OTHER, STD, tiny_config, tiny_teacher
-from numerics import check_gradient, check_output
 
+from bench.numerics import check_gradient, check_output
 from fd2fast import ops
 from fd2fast.models import frozen
 from fd2fast.models.fused import fuse
