@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fd2fast import artifacts, sources
+from fd2fast import artifacts, lock, sources
 from fd2fast.errors import UserError
 from fd2fast.sources import Seen, Source, few, file_digest, known_digest, look, of_file, same_place, stamp
 
@@ -301,7 +301,12 @@ def test_a_parent_made_anew_is_told(tmp_path, parent):
 
 def test_warnings_come_once_for_all_processes_of_a_job(tmp_path, caplog, monkeypatch):
     make(tmp_path / "1", Source("/film", "d1"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, count in (("1", 0), ("0", 1)):
         monkeypatch.setenv("RANK", rank)
         make(tmp_path / "1", Source("/film", None, gone="not there"))
         assert caplog.text.count("not there") == count
+    monkeypatch.setenv("RANK", "1")
+    with lock.by_itself():  # nobody else would say it
+        make(tmp_path / "1", Source("/film", None, gone="not there"))
+    assert caplog.text.count("not there") == 2
