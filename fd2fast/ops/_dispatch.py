@@ -170,7 +170,7 @@ def backends() -> dict[str, tuple[str, str]]:
     """For each operation: the backend that "auto" takes on this machine's best device, and why not a better-ranked one."""
     listing = {}
     for op_name in sorted(_operations):
-        reasons = []
+        reasons: list[str] = []
         for backend, device in RANKED.items():
             reason = unavailable(op_name, backend)
             if reason is None and device == "cuda" and not torch.cuda.is_available():

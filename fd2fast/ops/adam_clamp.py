@@ -195,5 +195,5 @@ def adam_clamp_(
         given = bound.numel() if isinstance(bound, Tensor) else len(bound)
         if given != image.shape[1]:
             raise ValueError(f"{name} must be [C] = [{image.shape[1]}], got [{given}]")
-    given = image, grad, exp_avg, exp_avg_sq, step, lr
-    _dispatch.run("adam_clamp_", backend, *given, betas=betas, eps=eps, low=low, high=high)
+    arguments = image, grad, exp_avg, exp_avg_sq, step, lr
+    _dispatch.run("adam_clamp_", backend, *arguments, betas=betas, eps=eps, low=low, high=high)
