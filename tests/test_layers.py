@@ -1,6 +1,7 @@
 """Import directions: each room imports only rooms before it; every file says its one job in its first line."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,12 @@ def test_benches_and_tests_do_not_change_the_search_path(path):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("sys.path.")
     ]
     assert not changed
+
+
+def test_every_room_is_on_the_page():
+    page = (ROOT / "fd2fast/README.md").read_text().split("## Rooms")[1].split("## Words")[0]
+    listed = set(
+        re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `")))
+    )
+    rooms = {room_of(path) for path in FILES} - {"fd2fast", "__main__"}
+    assert listed == rooms
