@@ -68,6 +68,7 @@ from fd2fast.errors import UserError
 class Config:
     text: str = "x"
 folder, text = Path(sys.argv[1]), sys.argv[2]
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
 try:
     stage = artifacts.open_stage(folder, "thing", Config(text), {}, overwrite="--overwrite" in sys.argv)
     artifacts.write_bytes(folder / "file.txt", text.encode())
