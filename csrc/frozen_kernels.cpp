@@ -108,7 +108,17 @@ FD2FAST_INLINE void for_channels(int64_t channels, const Body& body) {
     for (; c < channels; ++c) body.template run<1>(c);
 }
 
-constexpr int pixels_at_once = 8;
+// A vector of channels is taken through several pixels before the next, with its constants and sums in registers, where they lie
+// within block_bytes; else pixel by pixel, for maps that come from memory are fast only when read in their order. Measured on an EPYC
+// (Zen 4, one thread, fp32, backward): 20 maps of 96 channels, 32 x 32, 8 pixels 1.2 ms, pixel by pixel 0.6 ms; within the step
+// MobileNetV2 spends a third less on it. Asking for the lines ahead by software makes it slower in either order.
+constexpr int64_t block_bytes = 1024, most_pixels = 8;
+
+template <typename T>
+FD2FAST_INLINE int64_t pixels_at_once(int64_t channels) {
+    const int64_t fit = block_bytes / (channels * static_cast<int64_t>(sizeof(T)));
+    return fit < 1 ? 1 : fit < most_pixels ? fit : most_pixels;
+}
 
 template <typename T, Activation A, bool Residual>
 struct Forward {
@@ -234,7 +244,7 @@ struct ScaleShiftGrad {
     }
 };
 
-FD2FAST_INLINE int at_most(int64_t n) { return static_cast<int>(n < pixels_at_once ? n : pixels_at_once); }
+FD2FAST_INLINE int at_most(int64_t most, int64_t n) { return static_cast<int>(n < most ? n : most); }
 
 FD2FAST_INLINE void clear(float* sums, int64_t n) {
     for (int64_t i = 0; i < n; ++i) sums[i] = 0.0f;
@@ -243,22 +253,22 @@ FD2FAST_INLINE void clear(float* sums, int64_t n) {
 template <typename T, Activation A, bool R>
 FD2FAST_INLINE void forward_chunk(const Chunk& k, const BatchNorm& bn, const T* x, const T* residual, T* y, uint8_t* bits,
                                   float* sums) {
-    const int64_t c = k.channels, bytes = (c + 7) / 8;
+    const int64_t c = k.channels, bytes = (c + 7) / 8, step = pixels_at_once<T>(c);
     clear(sums, 2 * c);
-    for (int64_t p = k.first; p < k.end; p += pixels_at_once)
+    for (int64_t p = k.first; p < k.end; p += step)
         for_channels(c, Forward<T, A, R>{x + p * c, R ? residual + p * c : nullptr, y + p * c,
                                          R ? bits + p * bytes : nullptr, bn.scale, bn.shift, bn.running_mean, sums,
-                                         sums + c, c, bytes, at_most(k.end - p)});
+                                         sums + c, c, bytes, at_most(step, k.end - p)});
 }
 
 template <typename T, Activation A, bool R>
 FD2FAST_INLINE void backward_chunk(const Chunk& k, const BatchNorm& bn, const T* x, const T* grad, const uint8_t* bits,
                                    const float* slope, const float* offset, T* grad_x, T* grad_residual) {
-    const int64_t c = k.channels, bytes = (c + 7) / 8;
-    for (int64_t p = k.first; p < k.end; p += pixels_at_once)
+    const int64_t c = k.channels, bytes = (c + 7) / 8, step = pixels_at_once<T>(c);
+    for (int64_t p = k.first; p < k.end; p += step)
         for_channels(c, Backward<T, A, R>{x + p * c, grad + p * c, R ? bits + p * bytes : nullptr, bn.scale, bn.shift,
                                           slope, offset, grad_x + p * c, R ? grad_residual + p * c : nullptr, c, bytes,
-                                          at_most(k.end - p)});
+                                          at_most(step, k.end - p)});
 }
 
 template <Activation A>
@@ -305,10 +315,10 @@ void backward(const Chunk& chunk, const BatchNorm& bn, const void* source, const
 
 template <typename T>
 void sums(const Chunk& chunk, const void* x, const float* origin, float* found) {
-    const int64_t c = chunk.channels;
+    const int64_t c = chunk.channels, step = pixels_at_once<T>(c);
     clear(found, 2 * c);
-    for (int64_t p = chunk.first; p < chunk.end; p += pixels_at_once)
-        for_channels(c, Sums<T>{static_cast<const T*>(x) + p * c, origin, found, found + c, c, at_most(chunk.end - p)});
+    for (int64_t p = chunk.first; p < chunk.end; p += step)
+        for_channels(c, Sums<T>{static_cast<const T*>(x) + p * c, origin, found, found + c, c, at_most(step, chunk.end - p)});
 }
 
 template <typename T>
