@@ -18,6 +18,7 @@ from bench.registry import REGISTRY, Problem
 from bench.shapes import PAPER
 from fd2fast import ops
 from fd2fast.models import frozen
+from fd2fast.ops import _dispatch
 from fd2fast.planner import iteration_table, make_plan
 from fd2fast.reference import planner as reference
 
@@ -33,12 +34,12 @@ SIZES = {
     "adam_clamp_": {"n": 10, "size": 112},
     "max_pool": {"n": 10, "c": 64, "size": 56, "kernel": 3, "stride": 2},
 }
-# what a step on a CPU runs instead of a reference
-FAST: dict[str, Callable[..., Tensor]] = {
-    "bilinear_attention_pool": lambda f, a, backend: frozen.attention_pool(f, a, eps=1e-6),
-}
-CPU_PATHS = {*FAST, "crop_flip_roll", "prototype_loss"}
-WAYS = [(name, way) for name in SIZES for way in ("cpu", "reference") if way == "reference" or name in CPU_PATHS]
+WAYS = [
+    (name, way)
+    for name in SIZES
+    for way in ("cpu", "reference")
+    if way == "reference" or not _dispatch.unavailable(name, "cpu")
+]
 
 
 def _close(actual: Sequence[Tensor], expected: Sequence[Tensor], rtol: float) -> None:
@@ -67,8 +68,7 @@ def test_operation(name: str, way: str, benchmark: Callable[..., object]) -> Non
     torch.manual_seed(0)
     problem = REGISTRY[name](CPU, **SIZES[name])
     benchmark.group = f"{name} {SIZES[name]}"  # type: ignore[attr-defined]
-    fast = FAST.get(name, problem.call) if way == "cpu" else problem.call
-    work = _work(problem, fast, "auto" if way == "cpu" else "reference")
+    work = _work(problem, problem.call, "auto" if way == "cpu" else "reference")
     wanted = _work(problem, problem.call, "reference")
     _close([t.detach().clone() for t in work()], wanted(), 1e-5 if problem.dtype == torch.float32 else 2e-2)
     benchmark(work)

@@ -69,14 +69,16 @@ void finish(const Map& map, const std::vector<Chunk>& chunks, const std::vector<
     }
 }
 
-double distance(const float* a, const float* b, int64_t n) {
+double squared_distance(const float* a, const float* b, int64_t n) {
     double sum = 0.0;
     for (int64_t i = 0; i < n; ++i) {
         const double d = static_cast<double>(a[i]) - b[i];
         sum += d * d;
     }
-    return std::sqrt(sum);
+    return sum;
 }
+
+double distance(const float* a, const float* b, int64_t n) { return std::sqrt(squared_distance(a, b, n)); }
 
 }  // namespace
 
@@ -148,15 +150,52 @@ void statistics(const Map& map, const void* x, float* mean, float* var) {
     finish(map, chunks, sums, origin.data(), true, mean, var);
 }
 
-void affine(const Map& map, const void* x, const float* slope, const float* offset, void* grad_x) {
+void statistics_backward(const Map& map, const void* x, const float* mean, const float* grad_mean, const float* grad_var,
+                         void* grad_x) {
+    const int64_t c = map.channels, segments = static_cast<int64_t>(map.segments.size()) - 1;
+    // dL/dx is slope x + offset
+    std::vector<float> slope(segments * c), offset(segments * c);
+    for (int64_t s = 0; s < segments; ++s) {
+        const auto count = static_cast<float>((map.segments[s + 1] - map.segments[s]) * map.area);
+        for (int64_t at = s * c; count > 0 && at < (s + 1) * c; ++at) {
+            slope[at] = 2 * grad_var[at] / count;
+            offset[at] = grad_mean[at] / count - slope[at] * mean[at];
+        }
+    }
     over_chunks(map, chunks_of(map), [&](const Kernels& loops, const Chunk& chunk, int64_t) {
-        const int64_t at = chunk.segment * map.channels;
-        loops.affine(chunk, x, slope + at, offset + at, grad_x);
+        const int64_t at = chunk.segment * c;
+        loops.affine(chunk, x, slope.data() + at, offset.data() + at, grad_x);
     });
 }
 
+namespace {
+
+// Of statistics [2, segments, channels[i]] of each map, one segment's: |var - running_var| and |mean - running_mean|.
+struct Apart {
+    double mean = 0.0, var = 0.0;
+
+    Apart(const Map& map, const BatchNorm& bn, const std::vector<const float*>& statistics,
+          const std::vector<int64_t>& channels, int64_t segment) {
+        const int64_t segments = static_cast<int64_t>(map.segments.size()) - 1;
+        int64_t first = 0;
+        for (std::size_t i = 0; i < statistics.size(); first += channels[i++]) {
+            const int64_t c = channels[i];
+            mean += squared_distance(statistics[i] + segment * c, bn.running_mean + first, c);
+            var += squared_distance(statistics[i] + (segments + segment) * c, bn.running_var + first, c);
+        }
+        mean = std::sqrt(mean);
+        var = std::sqrt(var);
+    }
+};
+
+}  // namespace
+
 void join_forward(const Map& map, const BatchNorm& bn, const std::vector<const void*>& maps,
-                  const std::vector<int64_t>& channels, void* y) {
+                  const std::vector<const float*>& statistics, const std::vector<int64_t>& channels, void* y, float* loss) {
+    for (std::size_t s = 0; s + 1 < map.segments.size(); ++s) {
+        const Apart apart(map, bn, statistics, channels, static_cast<int64_t>(s));
+        loss[s] = map.segments[s + 1] == map.segments[s] ? 0.0f : static_cast<float>(apart.var + apart.mean);
+    }
     over_chunks(map, chunks_of(map), [&](const Kernels& loops, const Chunk& chunk, int64_t) {
         int64_t first = 0;
         for (std::size_t i = 0; i < maps.size(); first += channels[i++])
@@ -165,7 +204,23 @@ void join_forward(const Map& map, const BatchNorm& bn, const std::vector<const v
 }
 
 void join_backward(const Map& map, const BatchNorm& bn, const std::vector<const void*>& maps,
-                   const std::vector<int64_t>& channels, const void* grad, const std::vector<void*>& grads) {
+                   const std::vector<const float*>& statistics, const std::vector<int64_t>& channels, const void* grad,
+                   const float* grad_loss, const std::vector<void*>& grads, const std::vector<float*>& grad_statistics) {
+    const int64_t segments = static_cast<int64_t>(map.segments.size()) - 1;
+    for (int64_t s = 0; s < segments; ++s) {
+        const Apart apart(map, bn, statistics, channels, s);
+        const bool empty = map.segments[s + 1] == map.segments[s];
+        const float to_mean = empty || apart.mean == 0.0 ? 0.0f : static_cast<float>(grad_loss[s] / apart.mean);
+        const float to_var = empty || apart.var == 0.0 ? 0.0f : static_cast<float>(grad_loss[s] / apart.var);
+        int64_t first = 0;
+        for (std::size_t i = 0; i < statistics.size(); first += channels[i++]) {
+            const int64_t c = channels[i], mean = s * c, var = (segments + s) * c;
+            for (int64_t k = 0; k < c; ++k) {
+                grad_statistics[i][mean + k] = to_mean * (statistics[i][mean + k] - bn.running_mean[first + k]);
+                grad_statistics[i][var + k] = to_var * (statistics[i][var + k] - bn.running_var[first + k]);
+            }
+        }
+    }
     over_chunks(map, chunks_of(map), [&](const Kernels& loops, const Chunk& chunk, int64_t) {
         int64_t first = 0;
         for (std::size_t i = 0; i < maps.size(); first += channels[i++])
@@ -192,6 +247,20 @@ void depthwise_backward(Type type, int64_t images, int64_t channels, const Windo
     const Kernels& loops = kernels(type);
     parallel(images * window.in[0], threads,
              [&](int64_t row) { loops.depthwise_row(window, channels, row, grad, weight, grad_x); });
+}
+
+void unit_root_forward(int64_t rows, int64_t dims, float eps, const float* x, float* z, float* norms, int threads) {
+    const VectorKernels& loops = vector_kernels();
+    parallel(rows, threads, [&](int64_t n) { norms[n] = loops.unit_root(dims, eps, x + n * dims, z + n * dims); });
+}
+
+void unit_root_backward(int64_t rows, int64_t dims, float eps, const float* x, const float* z, const float* norms,
+                        const float* grad, float* grad_x, int threads) {
+    const VectorKernels& loops = vector_kernels();
+    parallel(rows, threads, [&](int64_t n) {
+        const int64_t at = n * dims;
+        loops.unit_root_grad(dims, eps, norms[n], x + at, z + at, grad + at, grad_x + at);
+    });
 }
 
 void distances(int64_t rows, int64_t classes, int64_t dims, const float* z, const float* prototypes, float* out, int threads) {

@@ -39,15 +39,18 @@ void bn_act_forward(const Map& map, const BatchNorm& bn, const void* x, const vo
 void bn_act_backward(const Map& map, const BatchNorm& bn, const void* x, const void* grad, const std::uint8_t* bits,
                      const float* mean, const float* var, const float* grad_loss, void* grad_x, void* grad_residual);
 
-// Mean and biased variance [segments, channels] alone, and grad_x = x slope + offset with [segments, channels] of each.
+// Mean and biased variance [segments, channels] alone, and the gradient of x from those of both.
 void statistics(const Map& map, const void* x, float* mean, float* var);
-void affine(const Map& map, const void* x, const float* slope, const float* offset, void* grad_x);
+void statistics_backward(const Map& map, const void* x, const float* mean, const float* grad_mean, const float* grad_var,
+                         void* grad_x);
 
-// y = activation(cat(maps) scale + shift) over maps of channels[i]; `map` describes the whole.
+// y = activation(cat(maps) scale + shift) over maps of channels[i]; `map` describes the whole. loss [segments] as of bn_act_forward,
+// from statistics that are known: of each map mean, then variance [2, segments, channels[i]].
 void join_forward(const Map& map, const BatchNorm& bn, const std::vector<const void*>& maps,
-                  const std::vector<std::int64_t>& channels, void* y);
+                  const std::vector<const float*>& statistics, const std::vector<std::int64_t>& channels, void* y, float* loss);
 void join_backward(const Map& map, const BatchNorm& bn, const std::vector<const void*>& maps,
-                   const std::vector<std::int64_t>& channels, const void* grad, const std::vector<void*>& grads);
+                   const std::vector<const float*>& statistics, const std::vector<std::int64_t>& channels, const void* grad,
+                   const float* grad_loss, const std::vector<void*>& grads, const std::vector<float*>& grad_statistics);
 
 struct Window {
     std::int64_t kernel[2], stride[2], padding[2], dilation[2];
@@ -63,6 +66,12 @@ void max_pool_backward(Type type, std::int64_t images, std::int64_t channels, co
 // Input gradient of a convolution with one filter for each channel; weight [kernel pixels, channels] in fp32.
 void depthwise_backward(Type type, std::int64_t images, std::int64_t channels, const Window& window, const void* grad,
                         const float* weight, void* grad_x, int threads);
+
+// z = r / |r| for r = sign(x) sqrt(|x| + eps), x [rows, dims]; norms [rows]: |r|, at least 1e-12.
+void unit_root_forward(std::int64_t rows, std::int64_t dims, float eps, const float* x, float* z, float* norms, int threads);
+// grad_x from grad (of z), where the slope at 0 is 0.
+void unit_root_backward(std::int64_t rows, std::int64_t dims, float eps, const float* x, const float* z, const float* norms,
+                        const float* grad, float* grad_x, int threads);
 
 // out [rows, classes] = |z - c| for z [rows, dims] and c [classes, dims], in fp32, from differences.
 void distances(std::int64_t rows, std::int64_t classes, std::int64_t dims, const float* z, const float* prototypes, float* out,

@@ -25,10 +25,11 @@ T* at(Address address) {
 
 const float* floats(Address address) { return at<const float>(address); }
 
-std::vector<const void*> sources(const std::vector<Address>& addresses) {
-    std::vector<const void*> found;
-    for (const Address a : addresses) found.push_back(at<const void>(a));
-    return found;
+template <typename T>
+std::vector<T*> all_at(const std::vector<Address>& addresses) {
+    std::vector<T*> pointers;
+    for (const Address a : addresses) pointers.push_back(at<T>(a));
+    return pointers;
 }
 
 BatchNorm batch_norm(const std::array<Address, 4>& constants, int activation) {
@@ -80,25 +81,40 @@ PYBIND11_MODULE(_frozen, m) {
         },
         Release());
     m.def(
-        "affine",
-        [](const Map& map, Address x, Address slope, Address offset, Address grad_x) {
-            affine(map, at<const void>(x), floats(slope), floats(offset), at<void>(grad_x));
+        "statistics_backward",
+        [](const Map& map, Address x, Address mean, Address grad_mean, Address grad_var, Address grad_x) {
+            statistics_backward(map, at<const void>(x), floats(mean), floats(grad_mean), floats(grad_var), at<void>(grad_x));
         },
         Release());
     m.def(
         "join_forward",
         [](const Map& map, std::array<Address, 4> constants, int activation, const std::vector<Address>& maps,
-           const std::vector<std::int64_t>& channels, Address y) {
-            join_forward(map, batch_norm(constants, activation), sources(maps), channels, at<void>(y));
+           const std::vector<Address>& statistics, const std::vector<std::int64_t>& channels, Address y, Address loss) {
+            join_forward(map, batch_norm(constants, activation), all_at<const void>(maps), all_at<const float>(statistics),
+                         channels, at<void>(y), at<float>(loss));
         },
         Release());
     m.def(
         "join_backward",
         [](const Map& map, std::array<Address, 4> constants, int activation, const std::vector<Address>& maps,
-           const std::vector<std::int64_t>& channels, Address grad, const std::vector<Address>& grads) {
-            std::vector<void*> to;
-            for (const Address a : grads) to.push_back(at<void>(a));
-            join_backward(map, batch_norm(constants, activation), sources(maps), channels, at<const void>(grad), to);
+           const std::vector<Address>& statistics, const std::vector<std::int64_t>& channels, Address grad, Address grad_loss,
+           const std::vector<Address>& grads, const std::vector<Address>& grad_statistics) {
+            join_backward(map, batch_norm(constants, activation), all_at<const void>(maps), all_at<const float>(statistics),
+                          channels, at<const void>(grad), floats(grad_loss), all_at<void>(grads),
+                          all_at<float>(grad_statistics));
+        },
+        Release());
+    m.def(
+        "unit_root_forward",
+        [](std::int64_t rows, std::int64_t dims, float eps, Address x, Address z, Address norms, int threads) {
+            unit_root_forward(rows, dims, eps, floats(x), at<float>(z), at<float>(norms), threads);
+        },
+        Release());
+    m.def(
+        "unit_root_backward",
+        [](std::int64_t rows, std::int64_t dims, float eps, Address x, Address z, Address norms, Address grad, Address grad_x,
+           int threads) {
+            unit_root_backward(rows, dims, eps, floats(x), floats(z), floats(norms), floats(grad), at<float>(grad_x), threads);
         },
         Release());
     m.def(

@@ -576,7 +576,101 @@ void pull(int64_t rows, int64_t classes, int64_t dims, int64_t first, int64_t en
     }
 }
 
-constexpr VectorKernels all_vector_kernels = {distances, pull};
+template <int W>
+FD2FAST_INLINE F<W> square_root(F<W> v) {
+#ifdef __AVX512F__
+    if constexpr (W == 16) return (F<W>)_mm512_sqrt_ps((__m512)v);
+#endif
+#ifdef __AVX__
+    if constexpr (W == 8) return (F<W>)_mm256_sqrt_ps((__m256)v);
+#endif
+    F<W> root;
+    for (int i = 0; i < W; ++i) root[i] = __builtin_sqrtf(v[i]);
+    return root;
+}
+
+template <int W>
+FD2FAST_INLINE F<W> magnitude(F<W> v) {
+    return (F<W>)((I<W>)v & 0x7fffffff);
+}
+
+// The sum of body.run<W>(c) over all c, in four sums, so that additions do not wait for each other.
+template <typename Body>
+FD2FAST_INLINE double summed(int64_t dims, const Body& body) {
+    constexpr int W = widest;
+    F<W> sums[4] = {};
+    int64_t c = 0;
+    for (; c + 4 * W <= dims; c += 4 * W)
+        for (int i = 0; i < 4; ++i) sums[i] += body.template run<W>(c + i * W);
+    const F<W> all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    double sum = 0.0;
+    for (int i = 0; i < W; ++i) sum += all[i];
+    for (; c < dims; ++c) sum += body.template run<1>(c)[0];
+    return sum;
+}
+
+// sign(x) sqrt(|x| + eps), 0 at 0, and its square. NaN passes.
+struct Root {
+    const float* x;
+    float* z;
+    float eps;
+
+    template <int W>
+    FD2FAST_INLINE F<W> run(int64_t c) const {
+        const F<W> v = load<W>(x + c), size = magnitude<W>(v);
+        const F<W> root = (F<W>)((I<W>)square_root<W>(size + eps) | ((I<W>)v & (I<W>{} - 0x7fffffff - 1)));
+        const F<W> r = masked<W>(root, (I<W>)(v != F<W>{}));
+        store<W>(z + c, r);
+        return r * r;
+    }
+};
+
+struct Scaled {
+    float* z;
+    float by;
+
+    template <int W>
+    FD2FAST_INLINE void run(int64_t c) const {
+        store<W>(z + c, load<W>(z + c) / by);
+    }
+};
+
+struct Product {
+    const float *a, *b;
+
+    template <int W>
+    FD2FAST_INLINE F<W> run(int64_t c) const {
+        return load<W>(a + c) * load<W>(b + c);
+    }
+};
+
+struct RootGrad {
+    const float *x, *z, *grad;
+    float* grad_x;
+    float eps, norm, along;
+
+    template <int W>
+    FD2FAST_INLINE void run(int64_t c) const {
+        const F<W> v = load<W>(x + c);
+        const F<W> across = (load<W>(grad + c) - load<W>(z + c) * along) / norm;
+        const F<W> slope = (F<W>{} + 0.5f) / square_root<W>(magnitude<W>(v) + eps);
+        store<W>(grad_x + c, masked<W>(across * slope, (I<W>)(v != F<W>{})));
+    }
+};
+
+float unit_root(int64_t dims, float eps, const float* x, float* z) {
+    const double norm = __builtin_sqrt(summed(dims, Root{x, z, eps}));
+    const float by = norm < 1e-12 ? 1e-12f : static_cast<float>(norm);
+    for_channels(dims, Scaled{z, by});
+    return by;
+}
+
+void unit_root_grad(int64_t dims, float eps, float norm, const float* x, const float* z, const float* grad, float* grad_x) {
+    const float along = static_cast<float>(summed(dims, Product{z, grad}));
+    for_channels(dims, RootGrad{x, z, grad, grad_x, eps, norm, along});
+}
+
+constexpr VectorKernels all_vector_kernels = {distances, pull, unit_root, unit_root_grad};
 
 template <typename T>
 constexpr Kernels kernels_for = {forward<T>, backward<T>, sums<T>,  affine<T>,    join<T>, split<T>, pool_row<T>, unpool_row<T>,

@@ -45,6 +45,10 @@ struct VectorKernels {
     // dims [first, end) of `pull`
     void (*pull)(std::int64_t rows, std::int64_t classes, std::int64_t dims, std::int64_t first, std::int64_t end,
                  const float* z, const float* prototypes, const float* weights, float* out);
+    // one row of unit_root_forward, returning its norm, and of unit_root_backward
+    float (*unit_root)(std::int64_t dims, float eps, const float* x, float* z);
+    void (*unit_root_grad)(std::int64_t dims, float eps, float norm, const float* x, const float* z, const float* grad,
+                           float* grad_x);
 };
 
 namespace base {

@@ -12,6 +12,8 @@ import torch  # noqa: E402
 
 # independent runs are compared byte for byte: no choice by time
 os.environ.setdefault("FD2FAST_TUNE", "0")
+# nor one that an earlier run left with the user
+os.environ.setdefault("FD2FAST_CACHE", "")
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

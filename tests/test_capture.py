@@ -13,8 +13,8 @@ from distill_tools import MEAN, OTHER, SMALL, STD, tiny_config, tiny_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fd2fast import ops
-from fd2fast.models import cpu
 from fd2fast.ops import _checks, _dispatch
+from fd2fast.ops.cpu import native
 from fd2fast.planner import iteration_table
 from fd2fast.step import GroupedStep, Priors, capture
 from fd2fast.step.capture import Captures
@@ -225,7 +225,7 @@ def test_a_recorded_iteration_is_the_iteration(method: str, changes: dict, monke
     """Replayed operation by operation on the same memory it gives the bytes of the eager loop: no host value is baked in."""
     # a tape sees torch's operations only
     monkeypatch.setattr(_dispatch, "off_cpu", lambda *given: "there is a tape")
-    monkeypatch.setattr(cpu, "takes", lambda x: False)
+    monkeypatch.setattr(native, "why_not", lambda x: "there is a tape")
     monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)
     specification = ops.crop_flip_roll
     monkeypatch.setattr(ops, "crop_flip_roll", lambda *a, **k: specification(*a, **k, backend="reference"))
@@ -251,7 +251,7 @@ def test_a_recorded_iteration_is_the_iteration(method: str, changes: dict, monke
 def test_the_tape_bakes_host_values_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above can fail: with a host value in the iteration, replays differ."""
     monkeypatch.setattr(_dispatch, "off_cpu", lambda *given: "there is a tape")
-    monkeypatch.setattr(cpu, "takes", lambda x: False)
+    monkeypatch.setattr(native, "why_not", lambda x: "there is a tape")
     monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)
 
     class Wrong(PixelAdam):

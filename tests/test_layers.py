@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": BASE | {"reference", "kernels", "_crop", "_adam", "_frozen"},
     "data": BASE
     | {"artifacts", "lock", "ops", "pictures", "progress", "ranges", "seeding", "sources", "space", "streams"},
-    "models": BASE | {"_frozen", "artifacts", "causes", "device", "ops", "seeding"},
+    "models": BASE | {"artifacts", "causes", "device", "isa", "ops", "reference", "seeding"},
     "threads": set(),
     "isa": {"_frozen", "errors"},
     "pool": {"errors", "streams", "threads"},

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fd2fast.models import cpu, packed, winograd
+from fd2fast.models import packed, winograd
+from fd2fast.ops.cpu import native
 
 Pair = tuple[int, int]
 Run = Callable[[], Tensor]
@@ -85,7 +86,7 @@ def _measured(candidates: Mapping[str, Run]) -> dict[str, float]:
 
 
 class Convolution:
-    """A convolution with a frozen weight [C_out, C_in / groups, k_h, k_w], on CPU maps that `cpu.takes`; no autograd.
+    """A convolution with a frozen weight [C_out, C_in / groups, k_h, k_w], on CPU maps that `native.takes`; no autograd.
 
     Candidates, the first is the rule where nothing was measured:
     winograd  F(4 x 4, 3 x 3), for 3 x 3 windows with stride 1
@@ -130,7 +131,7 @@ class Convolution:
     ) -> Tensor:
         """The input's gradient [shape] from that of the result, [N, C_out, H', W'] in the weight's type.
 
-        phases: of `phase_weight`; taps: as cpu.depthwise_backward wants them; None where the layer has no such form.
+        phases: of `phase_weight`; taps: as native.depthwise_backward wants them; None where the layer has no such form.
         """
         stride, padding, dilation, _ = self.settings
         grad, size = grad.contiguous(memory_format=torch.channels_last), (shape[2], shape[3])
@@ -141,7 +142,7 @@ class Convolution:
                 return input_gradient_by_phases(grad, phases, stride, padding, shape)
             if name == "taps":
                 assert taps is not None
-                return cpu.depthwise_backward(grad, taps, (weight.shape[2:], stride, padding, dilation), shape)
+                return native.depthwise_backward(grad, taps, (weight.shape[2:], stride, padding, dilation), shape)
             if name == "winograd":
                 return self._winograd.input_gradient(grad, weight, size)
             if name == "packed":

@@ -11,9 +11,11 @@ from fd2fast import ops
 from fd2fast.device import repeatable
 from fd2fast.models.attention_head import POOL_EPS, SCALE
 from fd2fast.models.convolution import Choices
-from fd2fast.models.frozen import FrozenBatchNorm, FrozenConv, Segments, accumulation, attention_pool
+from fd2fast.models.frozen import FrozenBatchNorm, FrozenConv, Segments
 from fd2fast.models.rewrite import Rewritten, by_modules, rewrite
 from fd2fast.models.teacher import Teacher, TeacherOutput
+from fd2fast.ops import _dispatch
+from fd2fast.reference._offsets import accumulation_dtype
 
 log = logging.getLogger("fd2fast")
 
@@ -44,7 +46,7 @@ class FusedTeacher(nn.Module):
         self.attention_conv = FrozenConv(teacher.head.attentions.conv, dtype)
         last = len(self._bn_layers) - 1
         self.attention_bn = FrozenBatchNorm(teacher.head.attentions.bn, "relu", last, dtype)
-        wide = accumulation(dtype)
+        wide = accumulation_dtype(dtype)
         self.register_buffer("classifier", teacher.head.fc.weight.detach().to(wide), persistent=False)
         for name in ("prototypes_ema", "prototypes_last"):
             self.register_buffer(name, getattr(teacher, name), persistent=False)
@@ -79,7 +81,7 @@ class FusedTeacher(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             features, logits, losses = self.body(self._entry(x), segments)
             attention, cal_loss = self.attention_bn(self.attention_conv(features), segments)
-            z = attention_pool(features, attention, eps=POOL_EPS)
+            z = _dispatch.run("bilinear_attention_pool", "auto", features, attention, eps=POOL_EPS)
             cal_logits = nn.functional.linear(SCALE * z, self.classifier)
             if cal_bn:
                 losses = [*losses, (self.attention_bn.index, cal_loss)]

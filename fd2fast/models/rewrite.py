@@ -28,11 +28,11 @@ from fd2fast.models.frozen import (
     FrozenJoin,
     FrozenMaxPool,
     Segments,
-    accumulation,
-    distance,
     map_statistics,
-    masked_activation,
 )
+from fd2fast.ops.eager.activation import masked_activation
+from fd2fast.ops.eager.segments import distance
+from fd2fast.reference._offsets import accumulation_dtype
 
 log = logging.getLogger("fd2fast")
 
@@ -105,7 +105,7 @@ class _Linear(nn.Module):
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype):
         super().__init__()
-        wide = accumulation(dtype)
+        wide = accumulation_dtype(dtype)
         self.register_buffer("weight", layer.weight.detach().to(wide), persistent=False)
         bias = None if layer.bias is None else layer.bias.detach().to(wide)
         self.register_buffer("bias", bias, persistent=False)
@@ -130,10 +130,10 @@ class _OddBatchNorm(nn.Module):
 
     def __init__(self, layer: nn.BatchNorm2d, index: int, dtype: torch.dtype):
         super().__init__()
-        self.layer, self.index = _cast(layer, accumulation(dtype)), index
+        self.layer, self.index = _cast(layer, accumulation_dtype(dtype)), index
 
     def forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        mean, var = map_statistics(x, segments)
+        mean, var = map_statistics(x, segments).unbind()
         known, layer = mean.dtype, self.layer
         loss = distance(mean, var, layer.running_mean.to(known), layer.running_var.to(known), segments)
         return layer(x.to(known)).to(x.dtype), loss

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fd2fast.device import fast_bf16
-from fd2fast.models import cpu, winograd
+from fd2fast.models import winograd
+from fd2fast.ops.cpu import native
 
 # Tiles of 4 x 4 outputs for each channel pair's 36 products, below which transforming the weight costs more than it saves.
 _LEAST_TILES = 24
@@ -28,7 +29,7 @@ class _Winograd(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.padding, ctx.with_bias = padding, bias is not None
         added = None if bias is None else bias.float()
-        return cpu.winograd(x, cpu.winograd_transform(weight, False), added, len(weight), padding)
+        return native.winograd(x, native.winograd_transform(weight, False), added, len(weight), padding)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -38,9 +39,9 @@ class _Winograd(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             around = 2 - ctx.padding[0], 2 - ctx.padding[1]
-            grad_x = cpu.winograd(grad, cpu.winograd_transform(weight, True), None, x.shape[1], around)
+            grad_x = native.winograd(grad, native.winograd_transform(weight, True), None, x.shape[1], around)
         if ctx.needs_input_grad[1]:
-            grad_weight = cpu.winograd_weight_gradient(x, grad, ctx.padding, weight).to(weight.dtype)
+            grad_weight = native.winograd_weight_gradient(x, grad, ctx.padding, weight).to(weight.dtype)
         if ctx.with_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.float().sum(dim=(0, 2, 3))
         return grad_x, grad_weight, grad_bias, None
@@ -58,7 +59,7 @@ class WinogradConv2d(nn.Conv2d):
         if input.dtype != torch.float32 and (input.dtype != torch.bfloat16 or _bf16_products()):
             return super().forward(input)
         input = input.contiguous(memory_format=torch.channels_last)
-        if not cpu.takes(input):
+        if not native.takes(input):
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):
             return _Winograd.apply(input, self.weight, self.bias, _padding(self))

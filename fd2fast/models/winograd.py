@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fd2fast.models import cpu
 from fd2fast.models.held import Held
+from fd2fast.ops.cpu import native
 
 Pair = tuple[int, int]
 
@@ -27,7 +27,7 @@ def supports(
     """Whether a convolution of CPU tensors can run so: 3 x 3, stride 1, in fp32 or bf16, with channels to fill a vector."""
     plain = kernel == (3, 3) and stride == (1, 1) and dilation == (1, 1) and groups == 1
     return (
-        cpu.available()
+        native.missing() is None
         and plain
         and max(padding) <= 2
         and min(channels) >= 8
@@ -53,12 +53,14 @@ class WinogradConv:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.conv2d of x [N, C_in, H, W], dense channels_last, in the weight's type."""
-        packed = self._held.get(weight, "forward", lambda: cpu.winograd_transform(weight, False))
+        packed = self._held.get(weight, "forward", lambda: native.winograd_transform(weight, False))
         added = None if bias is None else bias.float()
-        return cpu.winograd(x, packed, added, weight.shape[0], self._padding)
+        return native.winograd(x, packed, added, weight.shape[0], self._padding)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, size: Pair) -> Tensor:
         """[N, C_in, *size] from that of the result, [N, C_out, H', W'] in the weight's type."""
-        packed = self._held.get(weight, "gradient", lambda: cpu.winograd_transform(weight, True))
+        packed = self._held.get(weight, "gradient", lambda: native.winograd_transform(weight, True))
         around = 2 - self._padding[0], 2 - self._padding[1]
-        return cpu.winograd(grad.contiguous(memory_format=torch.channels_last), packed, None, weight.shape[1], around)
+        return native.winograd(
+            grad.contiguous(memory_format=torch.channels_last), packed, None, weight.shape[1], around
+        )

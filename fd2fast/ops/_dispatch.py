@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# By rank: each backend with the type of device on whose tensors "auto" takes it, None for any. Triton's interpreter runs
-# kernels on a CPU too; it is slow, so it has to be asked for by name.
-RANKED: dict[str, str | None] = {"triton": "cuda", "cpu": "cpu", "reference": None}
+# By rank: each backend with the type of device on whose tensors "auto" takes it, None for any. Each but the reference is a folder
+# beside this file. Triton's interpreter runs kernels on a CPU too; it is slow, so it has to be asked for by name.
+RANKED: dict[str, str | None] = {"triton": "cuda", "cpu": "cpu", "eager": None, "reference": None}
 
 _log = logging.getLogger("fd2fast.ops")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -46,7 +46,7 @@ def register(
     why_not: Callable[..., str | None] = _nothing,
     missing: Callable[[], str | None] = _nothing,
 ) -> None:
-    """Enter an operation's implementation; its first argument is a tensor of the device it runs on.
+    """Enter an operation's implementation; its first argument is a tensor of the device it runs on, or several of them.
 
     Raises ValueError for a backend that RANKED does not list and for a second implementation by the same backend.
     """
@@ -64,7 +64,8 @@ def register_triton(
     """Enter a Triton implementation whose first arguments are `tensors` tensors or None; limits: its own reasons."""
 
     def why_not(*arguments: Any, **settings: Any) -> str | None:
-        return _off_gpu(arguments[:tensors]) or limits(*arguments, **settings)
+        first = arguments[:tensors] if isinstance(arguments[0], Tensor) else arguments[0]
+        return _off_gpu(first) or limits(*arguments, **settings)
 
     register(op_name, "triton", run, why_not, triton_missing)
 
@@ -111,17 +112,22 @@ def off_cpu(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> str | N
     return None
 
 
+def device_type(first: Tensor | Sequence[Tensor]) -> str:
+    """The type of device of a tensor, or of the first of several."""
+    return (first if isinstance(first, Tensor) else first[0]).device.type
+
+
 def choose(op_name: str, arguments: Sequence[Any], backend: str, **settings: Any) -> str:
-    """The backend that runs these arguments (the first a tensor; those of the operation's `run`).
+    """The backend that runs these arguments (those of the operation's `run`).
 
     "auto" takes the first by rank that is for the tensor's device and has nothing against the arguments, and logs once
     what others had. A backend by name raises ValueError with the reason where it cannot run.
     """
     implementations = _operations[op_name]
     if backend == "auto":
-        device = arguments[0].device.type
+        device = device_type(arguments[0])
         for name, its_device in RANKED.items():
-            if its_device != device or name not in implementations:
+            if its_device not in (device, None) or name not in implementations or name == "reference":
                 continue
             implementation = implementations[name]
             reason = implementation.missing() or implementation.why_not(*arguments, **settings)
@@ -152,13 +158,19 @@ def unavailable(op_name: str, backend: str) -> str | None:
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of a tensor and more, free of any autocast around."""
+    """The function of a tensor, or several, and more, free of any autocast around."""
 
-    def called(first: Tensor, *arguments: Any, **settings: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
+    def called(first: Tensor | Sequence[Tensor], *arguments: Any, **settings: Any) -> Any:
+        with torch.autocast(device_type(first), enabled=False):
             return function(first, *arguments, **settings)
 
     return called
+
+
+def only_once() -> None:
+    """To begin a backward pass that has no derivative itself; torch's once_differentiable says so too, at 10 us a call."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the C++ kernels have no second derivative; take backend='reference'")
 
 
 def kernels(name: str) -> ModuleType:

@@ -1,161 +1,14 @@
 """The operation crop_flip_roll: shared crop, resize, flip and roll of each segment."""
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
 
-import torch  # before _crop, so that both share one OpenMP runtime
+import torch
 from torch import Tensor
 
 from fd2fast import reference
 from fd2fast.ops import _checks, _dispatch
-from fd2fast.reference._offsets import Offsets, device_offsets
-
-_native: ModuleType | None
-WHY_NOT: str | None
-try:
-    from fd2fast import _crop as _native
-except ImportError as error:
-    _native, WHY_NOT = None, f"the C++ kernels are not built: {error}"
-else:
-    WHY_NOT = None
-
-
-def _new(like: Tensor, height: int, width: int, last: bool) -> Tensor:
-    layout = torch.channels_last if last else torch.contiguous_format
-    shape = (*like.shape[:2], height, width)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _is_last(images: Tensor) -> bool:
-    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-
-
-def _layout(images: Tensor) -> torch.memory_format:
-    return torch.channels_last if _is_last(images) else torch.contiguous_format
-
-
-@torch.library.custom_op("fd2fast::crop_flip_roll", mutates_args=())
-def _crop(images: Tensor, params: Tensor, segments: Tensor, size: int) -> Tensor:
-    out = _new(images, size, size, _is_last(images))
-    return _dispatch.kernels("augment").crop_fwd(images, params, segments, out)
-
-
-@_crop.register_fake
-def _(images, params, segments, size):
-    return _new(images, size, size, _is_last(images))
-
-
-@torch.library.custom_op("fd2fast::crop_flip_roll_adjoint", mutates_args=())
-def _adjoint(grad: Tensor, params: Tensor, segments: Tensor, height: int, width: int, last: bool) -> Tensor:
-    out = _new(grad, height, width, last)
-    return _dispatch.kernels("augment").crop_bwd(grad, params, segments, out)
-
-
-@_adjoint.register_fake
-def _(grad, params, segments, height, width, last):
-    return _new(grad, height, width, last)
-
-
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    images, params, segments, _ = inputs
-    ctx.save_for_backward(params, segments)
-    ctx.size, ctx.last = images.shape[2:], _is_last(images)
-
-
-def _gradient(ctx: Any, grad: Tensor) -> tuple:
-    return _adjoint(grad, *ctx.saved_tensors, *ctx.size, ctx.last), None, None, None
-
-
-_crop.register_autograd(_gradient, setup_context=_save)
-
-
-class _OnHost(torch.autograd.Function):
-    """The C++ kernels: fp32 or bf16 on the CPU, crops that are not larger than the view.
-
-    Measured on an EPYC with AVX-512, 10 images of 224 x 224 in fp32, forward and backward, one thread: 37 ms by the
-    reference's products, 14 ms by slices and F.interpolate, 5 ms here. Writing the
-    views as the network reads them: 20 images of 64 x 64, bf16 channels_last, 0.26 and 0.33 ms, converted after 0.62 and 0.48.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        images: Tensor,
-        rows: list[list[int]],
-        segments: tuple[int, ...],
-        size: int,
-        dtype: torch.dtype,
-        layout: torch.memory_format,
-    ) -> Tensor:
-        assert _native is not None
-        ctx.settings = images.dtype == torch.bfloat16, dtype == torch.bfloat16, segments, rows
-        ctx.like = images.shape, images.dtype, _layout(images)
-        out = torch.empty((*images.shape[:2], size, size), dtype=dtype, memory_format=layout)
-        _native.forward(*ctx.settings, *_described(images), *_described(out), torch.get_num_threads())
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        assert _native is not None
-        shape, dtype, layout = ctx.like
-        out = torch.empty(shape, dtype=dtype, memory_format=layout)
-        _native.backward(*ctx.settings, *_described(grad), *_described(out), torch.get_num_threads())
-        return out, None, None, None, None, None
-
-
-def _described(tensor: Tensor) -> tuple[Sequence[int], Sequence[int], int]:
-    return tensor.shape, tensor.stride(), tensor.data_ptr()
-
-
-def _off_cpu(
-    images: Tensor,
-    params: Tensor,
-    segments: Offsets,
-    size: int,
-    dtype: torch.dtype | None,
-    memory_format: torch.memory_format | None,
-) -> str | None:
-    reason = _dispatch.off_cpu((images,), (torch.float32, torch.bfloat16))
-    if reason is not None:
-        return reason
-    if params.device.type != "cpu":
-        return f"params are on {params.device.type}"
-    if isinstance(segments, Tensor):
-        return "segments must be host numbers"
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        return f"the views are wanted in {dtype}"
-    if images.numel() == 0:
-        return "images have no elements"
-    if any(height > size or width > size for _, _, height, width, *_ in params.tolist()):
-        return "a crop is larger than its view"
-    return None
-
-
-def _by_cpu(
-    images: Tensor,
-    params: Tensor,
-    segments: tuple[int, ...],
-    size: int,
-    dtype: torch.dtype | None,
-    memory_format: torch.memory_format | None,
-) -> Tensor:
-    layout = _layout(images) if memory_format is None else memory_format
-    views: Tensor = _OnHost.apply(images, params.tolist(), segments, size, dtype or images.dtype, layout)
-    return views
-
-
-def _by_triton(
-    images: Tensor,
-    params: Tensor,
-    segments: Offsets,
-    size: int,
-    dtype: torch.dtype | None,
-    memory_format: torch.memory_format | None,
-) -> Tensor:
-    params = params.to(images.device, non_blocking=True).contiguous()
-    return _as(_crop(images, params, device_offsets(segments, images.device), size), dtype, memory_format)
+from fd2fast.ops._layout import converted
+from fd2fast.reference._offsets import Offsets
 
 
 def _by_reference(
@@ -166,17 +19,9 @@ def _by_reference(
     dtype: torch.dtype | None,
     memory_format: torch.memory_format | None,
 ) -> Tensor:
-    return _as(reference.crop_flip_roll(images, params, segments, size), dtype, memory_format)
+    return converted(reference.crop_flip_roll(images, params, segments, size), dtype, memory_format)
 
 
-def _as(views: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> Tensor:
-    if dtype is None and memory_format is None:
-        return views
-    return views.to(views.dtype if dtype is None else dtype, memory_format=memory_format or torch.preserve_format)
-
-
-_dispatch.register_triton("crop_flip_roll", _by_triton)
-_dispatch.register("crop_flip_roll", "cpu", _by_cpu, _off_cpu, lambda: WHY_NOT)
 _dispatch.register("crop_flip_roll", "reference", _dispatch.without_autocast(_by_reference))
 
 

@@ -1,305 +1,50 @@
 """The operations bn_matching, bn_act_matching and their parts: per-segment BN statistics, alone and fused with BN."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fd2fast import reference
 from fd2fast.ops import _checks, _dispatch
-from fd2fast.ops._layout import dense, dense_like
-from fd2fast.reference._offsets import Offsets, accumulation_dtype, device_offsets
+from fd2fast.ops._batch_norm import BatchNorm
+from fd2fast.reference._offsets import Offsets, device_offsets
 
 ACTIVATIONS = ("identity", "relu", "relu6")
 
 
-def _few_rows(x: Tensor, *arguments: Any, **settings: Any) -> str | None:
-    n, _, h, w = x.shape
-    return f"x has {n * h * w} pixel rows, 2^31 or more" if n * h * w >= 1 << 31 else None
+def _statistics_by_reference(x: Tensor, segments: Offsets) -> Tensor:
+    return torch.stack(reference.segment_statistics(x, segments))
 
 
-def _kernels() -> Any:
-    return _dispatch.kernels("bn_matching")
-
-
-def _wide(x: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=accumulation_dtype(x), device=x.device)
-
-
-@torch.library.custom_op("fd2fast::bn_matching", mutates_args=())
-def _matching(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, segments: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss [S], and for the backward dmean, dvar [S, C] and norms [S, 2]."""
-    return _kernels().bn_fwd(x, running_mean, running_var, segments)[1:5]
-
-
-@_matching.register_fake
-def _(x, running_mean, running_var, segments):
-    s, c = segments.numel() - 1, x.shape[1]
-    return _wide(x, s), _wide(x, s, c), _wide(x, s, c), _wide(x, s, 2)
-
-
-@torch.library.custom_op("fd2fast::bn_matching_backward", mutates_args=())
-def _matching_backward(
-    x: Tensor, running_mean: Tensor, segments: Tensor, dmean: Tensor, dvar: Tensor, norms: Tensor, grad: Tensor
-) -> Tensor:
-    matching = (dmean, dvar, norms, grad.contiguous())
-    return _kernels().bn_bwd(x, segments, running_mean=running_mean, matching=matching)[0]
-
-
-@_matching_backward.register_fake
-def _(x, running_mean, segments, dmean, dvar, norms, grad):
-    return torch.empty_like(x)
-
-
-def _matching_save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, running_mean, _, segments = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, running_mean, segments, *output[1:])
-
-
-def _matching_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
-    if grad is None:
-        return (None,) * 4
-    return _matching_backward(*ctx.saved_tensors, grad), None, None, None
-
-
-_matching.register_autograd(_matching_gradient, setup_context=_matching_save)
-
-
-@torch.library.custom_op("fd2fast::segment_statistics", mutates_args=())
-def _statistics(x: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
-    return _kernels().bn_fwd(x, None, None, segments)[2:4]
-
-
-@_statistics.register_fake
-def _(x, segments):
-    s, c = segments.numel() - 1, x.shape[1]
-    return _wide(x, s, c), _wide(x, s, c)
-
-
-@torch.library.custom_op("fd2fast::segment_statistics_backward", mutates_args=())
-def _statistics_backward(x: Tensor, segments: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
-    given = (mean, grad_mean.contiguous(), grad_var.contiguous())
-    return _kernels().bn_bwd(x, segments, given=given)[0]
-
-
-@_statistics_backward.register_fake
-def _(x, segments, mean, grad_mean, grad_var):
-    return torch.empty_like(x)
-
-
-def _statistics_save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs, output[0])
-
-
-def _statistics_gradient(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple:
-    return _statistics_backward(*ctx.saved_tensors, grad_mean, grad_var), None
-
-
-_statistics.register_autograd(_statistics_gradient, setup_context=_statistics_save)
-
-
-@torch.library.custom_op("fd2fast::bn_act", mutates_args=())
-def _act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    segments: Tensor,
-    residual: Tensor | None,
-    activation: str,
-    eps: float,
-    matching: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, loss [S], and for the backward dmean, dvar [S, C], norms [S, 2] and the mask; [0] without matching."""
-    return _kernels().bn_fwd(
-        x,
-        running_mean,
-        running_var,
-        segments,
-        affine=(weight, bias),
-        residual=residual,
-        activation=activation,
-        eps=eps,
-        statistics=matching,
-    )
-
-
-@_act.register_fake
-def _(x, weight, bias, running_mean, running_var, segments, residual, activation, eps, matching):
-    s, c = segments.numel() - 1, x.shape[1]
-    shapes = [(s,), (s, c), (s, c), (s, 2)] if matching else [(0,)] * 4
-    mask = torch.empty(_mask_elements(x, activation, residual), dtype=torch.uint8, device=x.device)
-    return (torch.empty_like(x), *(_wide(x, *shape) for shape in shapes), mask)
-
-
-def _mask_elements(x: Tensor, activation: str, residual: Tensor | None) -> int:
-    """As the kernels keep it: a bit for each element in channels_last, else a byte; none where it follows from x."""
-    if residual is None or activation == "identity":
-        return 0
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return x.numel() // 8 if last and x.shape[1] % 8 == 0 else x.numel()
-
-
-@torch.library.custom_op("fd2fast::bn_act_backward", mutates_args=())
-def _act_backward(
-    grad_y: Tensor | None,
-    grad_loss: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    segments: Tensor,
-    dmean: Tensor,
-    dvar: Tensor,
-    norms: Tensor,
-    mask: Tensor,
-    activation: str,
-    eps: float,
-    residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    return _kernels().bn_bwd(
-        x,
-        segments,
-        running_mean=running_mean,
-        running_var=running_var,
-        affine=(weight, bias),
-        grad_y=None if grad_y is None else dense_like(grad_y, x),
-        mask=mask,
-        residual_dtype=residual_dtype,
-        activation=activation,
-        eps=eps,
-        matching=None if grad_loss is None else (dmean, dvar, norms, grad_loss.contiguous()),
-    )
-
-
-@_act_backward.register_fake
-def _(
-    grad_y,
-    grad_loss,
-    x,
-    weight,
-    bias,
-    running_mean,
-    running_var,
-    segments,
-    dmean,
-    dvar,
-    norms,
-    mask,
-    activation,
-    eps,
-    residual_dtype,
-):
-    none = residual_dtype is None or grad_y is None
-    residual = x.new_empty(0) if none else torch.empty_like(x, dtype=residual_dtype)
-    return torch.empty_like(x), residual
-
-
-def _act_save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, bias, running_mean, running_var, segments, residual, activation, eps, matching = inputs
-    # no zeros, at each backward, for the outputs that only it reads
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, running_mean, running_var, segments, *output[2:])
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.activation, ctx.eps, ctx.matching = activation, eps, matching
-
-
-def _act_gradient(ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, *_: Tensor | None) -> tuple:
-    if grad_y is None and grad_loss is None:
-        return (None,) * 10
-    grad_x, grad_residual = _act_backward(
-        grad_y,
-        grad_loss if ctx.matching else None,
-        *ctx.saved_tensors,
-        ctx.activation,
-        ctx.eps,
-        ctx.residual_dtype,
-    )
-    no_residual = ctx.residual_dtype is None or grad_y is None
-    return grad_x, *[None] * 5, None if no_residual else grad_residual, None, None, None
-
-
-_act.register_autograd(_act_gradient, setup_context=_act_save)
-
-
-def _matching_by_triton(x: Tensor, running_mean: Tensor, running_var: Tensor, segments: Offsets) -> Tensor:
-    bounds = device_offsets(segments, x.device)
-    return _matching(dense(x), running_mean.contiguous(), running_var.contiguous(), bounds)[0]
-
-
-def _statistics_by_triton(x: Tensor, segments: Offsets) -> tuple[Tensor, Tensor]:
-    return _statistics(dense(x), device_offsets(segments, x.device))
-
-
-def _fused(
-    x: Tensor,
-    residual: Tensor | None,
-    constants: Sequence[Tensor],
-    segments: Offsets,
-    activation: str,
-    eps: float,
-    matching: bool,
-) -> tuple[Tensor, ...]:
-    x = dense(x)
-    residual = None if residual is None else dense_like(residual, x)
-    bounds = device_offsets(segments, x.device)
-    return _act(x, *(c.contiguous() for c in constants), bounds, residual, activation, eps, matching)
-
-
-def _act_by_triton(x: Tensor, residual: Tensor | None, *constants: Tensor, activation: str, eps: float) -> Tensor:
-    return _fused(x, residual, constants, [0, x.shape[0]], activation, eps, False)[0]
-
-
-def _act_by_reference(x: Tensor, residual: Tensor | None, *constants: Tensor, activation: str, eps: float) -> Tensor:
-    return reference.bn_act(x, *constants, residual=residual, activation=activation, eps=eps)
-
-
-def _act_matching_by_triton(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    segments: Offsets,
-    *,
-    activation: str,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    return _fused(x, residual, (weight, bias, running_mean, running_var), segments, activation, eps, True)[:2]
+def _act_by_reference(x: Tensor, residual: Tensor | None, bn: BatchNorm, activation: str) -> Tensor:
+    return reference.bn_act(x, *bn.constants, residual=residual, activation=activation, eps=bn.eps)
 
 
 def _act_matching_by_reference(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    segments: Offsets,
-    *,
-    activation: str,
-    eps: float,
+    x: Tensor, residual: Tensor | None, bn: BatchNorm, segments: Offsets, activation: str
 ) -> tuple[Tensor, Tensor]:
-    constants = weight, bias, running_mean, running_var
-    return reference.bn_act_matching(x, *constants, segments, residual=residual, activation=activation, eps=eps)
+    return reference.bn_act_matching(x, *bn.constants, segments, residual=residual, activation=activation, eps=bn.eps)
 
 
-_dispatch.register_triton("bn_matching", _matching_by_triton, limits=_few_rows)
-_dispatch.register("bn_matching", "reference", _dispatch.without_autocast(reference.bn_matching))
-_dispatch.register_triton("segment_statistics", _statistics_by_triton, limits=_few_rows)
-_dispatch.register("segment_statistics", "reference", _dispatch.without_autocast(reference.segment_statistics))
-_dispatch.register_triton("bn_act", _act_by_triton, tensors=2, limits=_few_rows)
-_dispatch.register("bn_act", "reference", _dispatch.without_autocast(_act_by_reference))
-_dispatch.register_triton("bn_act_matching", _act_matching_by_triton, tensors=2, limits=_few_rows)
-_dispatch.register("bn_act_matching", "reference", _dispatch.without_autocast(_act_matching_by_reference))
-_dispatch.register("match_statistics", "reference", reference.match_statistics)
+def _joined_by_reference(
+    maps: Sequence[Tensor], statistics: Sequence[Tensor], bn: BatchNorm, segments: Offsets, activation: str
+) -> tuple[Tensor, Tensor]:
+    y = reference.bn_act(torch.cat(list(maps), dim=1), *bn.constants, activation=activation, eps=bn.eps)
+    mean, var = torch.cat(list(statistics), dim=2).unbind()
+    loss = reference.match_statistics(mean, var, bn.running_mean, bn.running_var)
+    return y, torch.where(device_offsets(segments, loss.device).diff() > 0, loss, 0.0)
+
+
+for _name, _run in (
+    ("bn_matching", reference.bn_matching),
+    ("segment_statistics", _statistics_by_reference),
+    ("bn_act", _act_by_reference),
+    ("bn_act_matching", _act_matching_by_reference),
+    ("joined_bn_act_matching", _joined_by_reference),
+    ("match_statistics", reference.match_statistics),
+):
+    _dispatch.register(_name, "reference", _dispatch.without_autocast(_run))
 
 
 def _check_x(x: Tensor, **channels: Tensor) -> None:
@@ -332,7 +77,7 @@ def segment_statistics(x: Tensor, segments: Offsets, *, backend: str = "auto") -
     """
     _check_x(x)
     segments = _checks.offsets("segments", segments, x.shape[0], "the rows of x")
-    mean, var = _dispatch.run("segment_statistics", backend, x, segments)
+    mean, var = _dispatch.run("segment_statistics", backend, x, segments).unbind()
     return mean, var
 
 
@@ -389,8 +134,8 @@ def bn_act(
     """
     _check_x(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     _check_act(x, residual, activation)
-    constants = weight, bias, running_mean, running_var
-    y: Tensor = _dispatch.run("bn_act", backend, x, residual, *constants, activation=activation, eps=eps)
+    bn = BatchNorm(weight, bias, running_mean, running_var, eps)
+    y: Tensor = _dispatch.run("bn_act", backend, x, residual, bn, activation)
     return y
 
 
@@ -417,6 +162,50 @@ def bn_act_matching(
     _check_x(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     segments = _checks.offsets("segments", segments, x.shape[0], "the rows of x")
     _check_act(x, residual, activation)
-    given = x, residual, weight, bias, running_mean, running_var, segments
-    y, loss = _dispatch.run("bn_act_matching", backend, *given, activation=activation, eps=eps)
+    bn = BatchNorm(weight, bias, running_mean, running_var, eps)
+    y, loss = _dispatch.run("bn_act_matching", backend, x, residual, bn, segments, activation)
+    return y, loss
+
+
+def joined_bn_act_matching(
+    maps: Sequence[Tensor],
+    statistics: Sequence[tuple[Tensor, Tensor]],
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    segments: Offsets,
+    *,
+    activation: str = "relu",
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """bn_act_matching of the maps' concatenation along the channels, whose statistics are known (DenseNet).
+
+    maps: float [N, c_i, H, W], of one type; statistics: of each its (mean, var) [S, c_i] by segment_statistics; weight, bias,
+    running_mean, running_var: float [sum c_i]; segments and activation as in bn_act_matching. Returns y [N, sum c_i, H, W] in
+    the maps' type and the loss [S], 0 for an empty segment. Differentiable in maps and statistics; what is kept for the
+    backward are the maps. Raises ValueError for shapes, types, devices or offsets that do not fit.
+    """
+    if not maps or len(maps) != len(statistics):
+        raise ValueError(f"maps and statistics must be as many, at least one, got {len(maps)} and {len(statistics)}")
+    n, _, h, w = maps[0].shape
+    segments = _checks.offsets("segments", segments, n, "the rows of the maps")
+    count = (segments.numel() if isinstance(segments, Tensor) else len(segments)) - 1
+    for i, (x, (mean, var)) in enumerate(zip(maps, statistics, strict=True)):
+        _check_x(x)
+        _checks.shape(f"maps[{i}]", x, (n, "c", h, w))
+        _checks.same_device(f"maps[{i}]", x, "maps[0]", maps[0])
+        if x.dtype != maps[0].dtype:
+            raise ValueError(f"maps must be of one type, got {maps[0].dtype} and {x.dtype}")
+        for name, tensor in (("mean", mean), ("var", var)):
+            _checks.shape(f"statistics[{i}] ({name})", tensor, (count, x.shape[1]))
+            _checks.same_device(f"statistics[{i}] ({name})", tensor, "maps[0]", maps[0])
+    _check_act(maps[0], None, activation)
+    bn = BatchNorm(weight, bias, running_mean, running_var, eps)
+    for name, constant in zip(bn._fields, bn.constants, strict=False):
+        _checks.shape(name, constant, (sum(x.shape[1] for x in maps),))
+        _checks.constant(name, constant)
+    stacked = [torch.stack(pair) for pair in statistics]
+    y, loss = _dispatch.run("joined_bn_act_matching", backend, tuple(maps), stacked, bn, segments, activation)
     return y, loss

@@ -12,9 +12,10 @@ _constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = 
 _captured: list[Tensor] = []
 
 
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is float64, else float32: sums, norms and roots are never taken in half."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def accumulation_dtype(*given: Tensor | torch.dtype) -> torch.dtype:
+    """float64 if any tensor or type is float64, else float32: sums, norms and roots are never taken in half."""
+    dtypes = (one if isinstance(one, torch.dtype) else one.dtype for one in given)
+    return torch.float64 if any(dtype == torch.float64 for dtype in dtypes) else torch.float32
 
 
 def host_offsets(offsets: Offsets) -> tuple[int, ...] | None:

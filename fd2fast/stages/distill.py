@@ -45,7 +45,7 @@ from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.probe import probe
 from fd2fast.models.sight import must_see
 from fd2fast.models.teacher import load_teacher
-from fd2fast.models.tune import tune
+from fd2fast.models.tune import memory_file, tune
 from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.planner import Plan, make_plan
 from fd2fast.recipe import Recipe, recipe_of
@@ -376,7 +376,7 @@ def _convolutions(
             known = read_json(recorded)
             return {str(kind): str(name) for kind, name in known.items()}
         rows = max(int(plan.rows(step.segments)[-1]) for step in plan.steps())
-        chosen = dict(tune(fused(), rows, recipe.sizes).chosen)
+        chosen = dict(tune(fused(), rows, recipe.sizes, remembered=memory_file()).chosen)
         write_json(recorded, chosen)
         return chosen
 

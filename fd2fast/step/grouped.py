@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd2fast.models import cpu
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher
+from fd2fast.ops.cpu import native
 from fd2fast.recipe import Recipe
 from fd2fast.step.capture import Captures, CudaRecorder
 from fd2fast.step.checks import check_images, check_priors, check_table, check_teachers
@@ -70,7 +70,7 @@ class GroupedStep:
         chosen = [tuple(c) for c in committees] if committees is not None else [tuple(range(len(teachers)))] * segments
         prior_maps = list(priors) if priors is not None else [None] * len(teachers)
         if not on_gpu:
-            cpu.keep_memory()
+            native.keep_memory()
         if graphs and not on_gpu:
             raise ValueError(f"graphs need a GPU, the images are on {self.device}")
         check_images(recipe, initial, self.labels, self.offsets)

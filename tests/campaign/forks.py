@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # read when torch and fd2fast are imported: runs are compared byte for byte
-os.environ.update(OMP_NUM_THREADS="1", FD2FAST_TUNE="0", FD2FAST_PROGRESS="0", CUDA_VISIBLE_DEVICES="")
+os.environ.update(
+    OMP_NUM_THREADS="1", FD2FAST_TUNE="0", FD2FAST_CACHE="", FD2FAST_PROGRESS="0", CUDA_VISIBLE_DEVICES=""
+)
 
 PATIENCE = 60.0  # seconds after which a command counts as hung
 GRACE = 10.0  # seconds that a process has to end after a signal, and what it began after its end

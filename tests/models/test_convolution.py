@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fd2fast.models import convolution, cpu, frozen
+from fd2fast.models import convolution, frozen
 from fd2fast.models.convolution import Choices
+from fd2fast.ops.cpu import native
 
 LAYERS = {
     "3x3": nn.Conv2d(16, 24, 3, padding=1),
@@ -34,8 +35,8 @@ class Only(Choices):
 
 @pytest.fixture(autouse=True)
 def _built():
-    if cpu.WHY_NOT:
-        pytest.fail(f"{cpu.WHY_NOT}; install the package again")
+    if native.WHY_NOT:
+        pytest.fail(f"{native.WHY_NOT}; install the package again")
 
 
 def both(layer, choices, dtype=torch.float32, rows=3, side=12):

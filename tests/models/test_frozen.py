@@ -8,8 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.numerics import check_gradient, check_output
-from fd2fast import reference
-from fd2fast.models import cpu, frozen
+from fd2fast import ops, reference
+from fd2fast.models import convolution, frozen
+from fd2fast.ops import _dispatch
+from fd2fast.ops.bn_matching import ACTIVATIONS
+from fd2fast.ops.cpu import native
+from fd2fast.ops.eager.activation import activate, masked_activation
+from fd2fast.ops.eager.segments import statistics
 
 SEGMENTS = (0, 1, 1, 4, 6)
 CHANNELS = (1, 3, 8, 24, 58)
@@ -19,9 +24,9 @@ CHANNELS = (1, 3, 8, 24, 58)
 def backend(request, monkeypatch):
     """The C++ kernels, or the torch form of the same function."""
     if request.param == "torch":
-        monkeypatch.setattr(cpu, "takes", lambda x: False)
-    elif cpu.WHY_NOT:
-        pytest.fail(f"{cpu.WHY_NOT}; install the package again")
+        monkeypatch.setattr(native, "why_not", lambda x: "the test wants torch's operations")
+    elif native.WHY_NOT:
+        pytest.fail(f"{native.WHY_NOT}; install the package again")
     return request.param
 
 
@@ -44,7 +49,7 @@ def plain(layer: frozen.FrozenBatchNorm, x, segments, residual, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", frozen.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_batch_norm_equals_the_reference_in_every_type(backend, dtype, activation, with_residual):
     for channels in CHANNELS:
@@ -108,7 +113,7 @@ def test_statistics_survive_a_large_mean(backend):
     """Sums of squares about 0 would lose every digit here."""
     x = torch.randn(4, 16, 20, 20) + 3000
     mean, var = frozen.map_statistics(x.to(memory_format=torch.channels_last), (0, 1, 4))
-    exact = frozen.statistics(x.double(), (0, 1, 4))
+    exact = statistics(x.double(), (0, 1, 4))
     assert torch.allclose(mean.double(), exact[0], rtol=1e-6)
     assert torch.allclose(var.double(), exact[1], rtol=1e-3)
 
@@ -125,13 +130,15 @@ def test_nan_is_not_hidden(backend):
 
 def test_bf16_is_rounded_to_the_nearest():
     """Products of two bf16 are exact in fp32, so that only the rounding is left to differ: ties, both ways, inf, NaN."""
-    if cpu.WHY_NOT:
-        pytest.fail(f"{cpu.WHY_NOT}; install the package again")
-    x = torch.randn(2, 27, 8, 9).bfloat16().contiguous(memory_format=torch.channels_last)
+    if native.WHY_NOT:
+        pytest.fail(f"{native.WHY_NOT}; install the package again")
+    x = torch.randn(2, 27, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)
     x[0, ::5, 0, 0], x[0, ::4, 0, 1], x[1, :, 2, 2] = float("inf"), float("nan"), 1.0078125
     slope = torch.randn(1, 27).bfloat16().float()
     slope[0, ::3] = 1.5  # 1.0078125 times this lies between two bf16
-    y = cpu.affine(x, slope, torch.zeros(1, 27), (0, 2))
+    # by 128 pixels of two images: 2 grad_var / 128 = slope, without rounding
+    grad = torch.stack((torch.zeros(1, 27), slope * 64))
+    y = native.statistics_backward(x, torch.zeros(2, 1, 27), grad, (0, 2))
     wanted = (x.float() * slope[0, :, None, None]).bfloat16()
     assert wanted.isnan().any()
     assert (wanted.float() != x.float() * slope[0, :, None, None]).any()
@@ -179,21 +186,22 @@ def test_gradcheck_of_the_functions():
     checked(lambda x, r: layer(x, (0, 1, 3), r), x, r)
     checked(lambda x: layer(x, (0, 1, 3)), x)
     checked(lambda x: frozen.map_statistics(x, (0, 1, 3)), x)
-    checked(lambda x, r: frozen.attention_pool(x, r, eps=1e-6), x, r)
+    checked(lambda x, r: ops.bilinear_attention_pool(x, r, backend="eager"), x, r)
 
 
 def test_attention_pooling_equals_the_reference():
     f, a = torch.randn(3, 6, 4, 4), torch.randn(3, 2, 4, 4).relu()
     a[0] = 0  # G is 0 everywhere
     f[1, 2] = 0  # and in one row
-    for function in (frozen.attention_pool, reference.bilinear_attention_pool):
+    results = []
+    for backend in ("cpu", "eager", "reference"):
         f.requires_grad_(), a.requires_grad_()
-        z = function(f, a, eps=1e-6)
+        z = ops.bilinear_attention_pool(f, a, backend=backend)
         grads = torch.autograd.grad((z * torch.linspace(-1, 1, z.numel()).view_as(z)).sum(), (f, a))
-        if function is frozen.attention_pool:
-            own = z, *grads
-    for x, y in zip(own, (z, *grads), strict=True):
-        torch.testing.assert_close(x, y)
+        results.append((z, *grads))
+    for own in results[:-1]:
+        for x, y in zip(own, results[-1], strict=True):
+            torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
@@ -205,12 +213,12 @@ def test_masked_activation_keeps_bits(activation, shape):
     x.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = frozen.masked_activation(x, activation)
+        y = masked_activation(x, activation)
     assert [t.numel() * t.element_size() for t in kept] == [-(-x.numel() // 8)]
     weights = torch.randn(shape)
     (grad,) = torch.autograd.grad((y * weights).sum(), x)
     plain = x.detach().requires_grad_()
-    wanted = frozen.activate(plain, activation)
+    wanted = activate(plain, activation)
     assert torch.equal(y, wanted)
     assert torch.equal(grad, torch.autograd.grad((wanted * weights).sum(), plain)[0])
 
@@ -267,8 +275,8 @@ def test_convolution_keeps_its_weight_only(index, dtype, side):
 def test_strided_depthwise_gradient(settings, channels, dtype, monkeypatch):
     """Both gates, on dense and on other gradients; only the filters are kept."""
     called = []
-    real = cpu.depthwise_backward
-    monkeypatch.setattr(cpu, "depthwise_backward", lambda *a: called.append(1) or real(*a))
+    real = native.depthwise_backward
+    monkeypatch.setattr(native, "depthwise_backward", lambda *a: called.append(1) or real(*a))
     layer = nn.Conv2d(channels, channels, groups=channels, **settings).requires_grad_(False)
     own = frozen.FrozenConv(layer, dtype)
     x = torch.randn(3, channels, 12, 11).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
@@ -287,7 +295,7 @@ def test_strided_depthwise_gradient(settings, channels, dtype, monkeypatch):
 
 
 def test_depthwise_gradient_is_torchs_where_that_is_faster_or_the_window_is_large(monkeypatch):
-    monkeypatch.setattr(cpu, "depthwise_backward", None)
+    monkeypatch.setattr(native, "depthwise_backward", None)
     for layer in (nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 17, 2, groups=4), nn.Conv2d(4, 8, 3, 2, groups=4)):
         x = torch.randn(2, 4, 19, 19).to(memory_format=torch.channels_last).requires_grad_()
         own = frozen.FrozenConv(layer.requires_grad_(False), torch.float32)(x)
@@ -325,7 +333,7 @@ def test_max_pooling_keeps_one_byte_per_output(backend, layer, dtype):
 def test_max_pooling_by_the_kernel(monkeypatch):
     """Where the dispatch takes it, as on a GPU."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(frozen._dispatch, "choose", lambda name, arguments, backend, **settings: "triton")
+    monkeypatch.setattr(_dispatch, "choose", lambda name, arguments, backend, **settings: "triton")
     layer = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
     x = torch.randn(2, 5, 8, 7).to(memory_format=torch.channels_last).requires_grad_()
     kept = []
@@ -358,18 +366,18 @@ def test_phases_take_any_kernel_and_stride():
         y = F.conv2d(x, weight, None, stride, padding)
         grad = torch.randn_like(y)
         strides = stride, stride
-        found = frozen.input_gradient_by_phases(
-            grad, frozen.phase_weight(weight, strides), strides, (padding, padding), x.shape
+        found = convolution.input_gradient_by_phases(
+            grad, convolution.phase_weight(weight, strides), strides, (padding, padding), x.shape
         )
         torch.testing.assert_close(found, torch.autograd.grad(y, x, grad)[0])
 
 
 def test_freed_memory_is_kept_unless_settings_say_otherwise(monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    assert cpu.keep_memory.__wrapped__() is False
+    assert native.keep_memory.__wrapped__() is False
     monkeypatch.delenv("MALLOC_ARENA_MAX")
-    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: object())  # no mallopt
-    assert cpu.keep_memory.__wrapped__() is False
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda name: object())  # no mallopt
+    assert native.keep_memory.__wrapped__() is False
     asked = []
 
     class Library:
@@ -378,6 +386,6 @@ def test_freed_memory_is_kept_unless_settings_say_otherwise(monkeypatch):
             asked.append((option, value))
             return 1
 
-    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: Library)
-    assert cpu.keep_memory.__wrapped__() is True
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda name: Library)
+    assert native.keep_memory.__wrapped__() is True
     assert asked == [(-1, 2**31 - 1), (-4, 0), (-2, 1 << 28)]

@@ -219,7 +219,7 @@ def test_equals_the_plain_teacher_by_the_kernels(name, monkeypatch):
         assert fused.body.traced
         assert_equal(teacher, fused, 32)
     wanted = {"bn_act_matching", "bilinear_attention_pool", "max_pool"}
-    assert set(chosen) == wanted | ({"bn_act", "segment_statistics"} if "densenet" in name else set())
+    assert set(chosen) == wanted | ({"joined_bn_act_matching", "segment_statistics"} if "densenet" in name else set())
 
 
 class Odd(nn.BatchNorm2d):

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from distill_tools import tiny_teacher
 
-from fd2fast.models import cpu, frozen, packed
+from fd2fast.models import frozen, packed
 from fd2fast.models.fused import fuse
+from fd2fast.ops.cpu import native
 
 DTYPES = [d for d in (torch.float32, torch.bfloat16) if packed.supports(d)]
 # channels in, out, kernel, stride, padding, dilation, groups, side
@@ -107,8 +108,8 @@ class Recorder:
 
 def test_a_packed_weight_serves_only_the_shape_it_was_packed_for(monkeypatch):
     """Whole teachers, checked by `fuse` at its own size, then at those of steps, phases and a last smaller step."""
-    if cpu.WHY_NOT:
-        pytest.fail(f"{cpu.WHY_NOT}; install the package again")
+    if native.WHY_NOT:
+        pytest.fail(f"{native.WHY_NOT}; install the package again")
     recorder = Recorder(torch.ops.mkldnn)
     monkeypatch.setattr(packed.torch.ops, "mkldnn", recorder)
     # sharing equal orders among shapes is the one exception, tested below

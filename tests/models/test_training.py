@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import nn
 
-from fd2fast.models import cpu, training
+from fd2fast.models import training
+from fd2fast.ops.cpu import native
 
 # channels in, out, rows, side, padding, with a bias
 CASES = [
@@ -22,8 +23,8 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _built():
-    if cpu.WHY_NOT:
-        pytest.fail(f"{cpu.WHY_NOT}; install the package again")
+    if native.WHY_NOT:
+        pytest.fail(f"{native.WHY_NOT}; install the package again")
 
 
 def relative(found, exact):

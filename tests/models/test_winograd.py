@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fd2fast.models import cpu, winograd
+from fd2fast.models import winograd
+from fd2fast.ops.cpu import native
 
 # channels in, out, rows, side, padding: whole and cut tiles, single vectors, channels behind the last vector
 CASES = [
@@ -21,8 +22,8 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _built():
-    if cpu.WHY_NOT:
-        pytest.fail(f"{cpu.WHY_NOT}; install the package again")
+    if native.WHY_NOT:
+        pytest.fail(f"{native.WHY_NOT}; install the package again")
 
 
 def make(case, dtype):

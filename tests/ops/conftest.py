@@ -16,6 +16,8 @@ def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(allocate)
     def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
         tensor = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return tensor
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith(POISONED):
             floating = tensor.dtype.is_floating_point

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.numerics import check_gradient, check_output
 from fd2fast import ops
-from fd2fast.ops.bn_matching import _few_rows
+from fd2fast.ops.triton.bn_matching import _few_rows
 
 _configs = pytest.importorskip("fd2fast.kernels._configs")
 

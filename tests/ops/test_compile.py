@@ -34,6 +34,11 @@ CASES = {
     "bn_act": lambda x: ops.bn_act(x, *_constants(4, 3), activation="relu6"),
     "max_pool": lambda x: ops.max_pool(x, (3, 3), (2, 2), (1, 1)),
     "segment_statistics": lambda x: _flat(ops.segment_statistics(x, SEGMENTS)),
+    "joined_bn_act_matching": lambda x: _flat(
+        ops.joined_bn_act_matching(
+            (x, x.flip(1)), [ops.segment_statistics(m, SEGMENTS) for m in (x, x.flip(1))], *_constants(4, 6), SEGMENTS
+        )
+    ),
     "match_statistics": lambda x: ops.match_statistics(x[:, :, 0, 0], x[:, :, 1, 1], *_constants(2, 3)),
     "crop_flip_roll": lambda x: ops.crop_flip_roll(
         x, torch.tensor([[0, 1, 3, 3, 1, 0, 1], [1, 1, 4, 2, 0, 2, 0]]), SEGMENTS, 6

@@ -11,7 +11,18 @@ from fd2fast.info import describe
 from fd2fast.ops import _dispatch
 
 NAMES = set(ops.__all__)
-IN_CPP = ("adam_clamp_", "crop_flip_roll", "prototype_loss")
+IN_CPP = (
+    "adam_clamp_",
+    "bilinear_attention_pool",
+    "bn_act",
+    "bn_act_matching",
+    "bn_matching",
+    "crop_flip_roll",
+    "joined_bn_act_matching",
+    "max_pool",
+    "prototype_loss",
+    "segment_statistics",
+)
 
 
 def test_import_loads_no_triton_and_no_kernels():
@@ -41,11 +52,11 @@ def test_info_lists_what_runs_here():
         line = next(line for line in describe().splitlines() if line.split()[:1] == [name])
         assert line.split()[1] == "cpu"
     assert table["normalized_l2"][0] == "reference"
-    assert table["normalized_l2"][1] == "triton: none is registered; cpu: none is registered"
+    assert table["normalized_l2"][1] == "triton: none is registered; cpu: none is registered; eager: none is registered"
 
 
 def test_extensions_that_are_not_built_are_the_reason(monkeypatch):
-    monkeypatch.setattr(sys.modules["fd2fast.ops.augment"], "WHY_NOT", "the C++ kernels are not built: gone")
+    monkeypatch.setattr(sys.modules["fd2fast.ops.cpu.augment"], "WHY_NOT", "the C++ kernels are not built: gone")
     images, rows = torch.randn(1, 3, 4, 4), [[0, 0, 4, 4, 0, 0, 0]]
     with pytest.raises(ValueError, match="backend cpu was asked for, but the C.. kernels are not built: gone"):
         ops.crop_flip_roll(images, rows, [0, 1], 4, backend="cpu")
@@ -101,7 +112,7 @@ def test_compiled_code_leaves_out_cpp(operation):
 def test_registering_twice_or_for_an_unknown_backend_is_refused(operation):
     with pytest.raises(ValueError, match="made_up is registered for cpu already"):
         _dispatch.register(operation, "cpu", lambda x: x)
-    with pytest.raises(ValueError, match="must be one of triton, cpu, reference, got 'tpu'"):
+    with pytest.raises(ValueError, match="must be one of triton, cpu, eager, reference, got 'tpu'"):
         _dispatch.register(operation, "tpu", lambda x: x)
 
 

@@ -5,10 +5,9 @@ import torch
 from distill_tools import MEAN, OTHER, STD, tiny_config, tiny_teacher
 
 from bench.numerics import check_gradient, check_output
-from fd2fast import ops
-from fd2fast.models import frozen
 from fd2fast.models.fused import fuse
 from fd2fast.ops import _dispatch
+from fd2fast.ops._batch_norm import BatchNorm
 from fd2fast.planner import iteration_table
 from fd2fast.step import GroupedStep, Priors
 
@@ -18,45 +17,29 @@ CALLED = {
     "adam_clamp_",
     "attention_similarity_loss",
     "bilinear_attention_pool",
-    "bn_act",
     "bn_act_matching",
     "crop_flip_roll",
+    "joined_bn_act_matching",
     "prototype_loss",
     "segment_statistics",
 }
 if not _dispatch.interpreting():
-    CALLED.remove("bn_act")  # a step on the CPU would launch its backward there
+    CALLED.remove("joined_bn_act_matching")  # a step on the CPU would launch its backward there
 
 
 class _Recorder:
-    """Takes the paths of a GPU through the step; runs the references and keeps the arguments of every call."""
+    """Runs the references and keeps the arguments of every call."""
 
     def __init__(self, patch):
-        self.calls, self.running, self.keeping = [], False, False
-        patch.setattr(_dispatch, "choose", self.choose)
-        for name in CALLED:
-            recorded = self.recorded(name, getattr(ops, name))
-            for module in (ops, frozen):
-                for attribute, value in list(vars(module).items()):
-                    if value is recorded.__wrapped__:
-                        patch.setattr(module, attribute, recorded)
+        self.calls, self.keeping = [], False
+        original = _dispatch.run
 
-    def choose(self, name, arguments, backend, **settings):
-        # bn_matching measures the plain teacher when it is fused
-        return "triton" if name in CALLED and not self.running else "reference"
-
-    def recorded(self, name, original):
-        def call(*args, **kwargs):
-            if self.keeping:
+        def run(name, backend, *args, **kwargs):
+            if self.keeping and name in CALLED:
                 self.calls.append((name, *(_map(kept, lambda t: t.detach().clone()) for kept in (args, kwargs))))
-            self.running = True
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self.running = False
+            return original(name, "reference", *args, **kwargs)
 
-        call.__wrapped__ = original
-        return call
+        patch.setattr(_dispatch, "run", run)
 
 
 def _map(value, change):
@@ -65,6 +48,10 @@ def _map(value, change):
         return change(value)
     if isinstance(value, dict):
         return {k: _map(v, change) for k, v in value.items()}
+    if isinstance(value, BatchNorm):
+        return BatchNorm(*(_map(v, change) for v in value))
+    if isinstance(value, list):
+        return [_map(v, change) for v in value]
     return tuple(_map(v, change) for v in value) if isinstance(value, tuple) else value
 
 
@@ -96,6 +83,19 @@ def test_every_operation_of_the_step_was_called(calls):
     assert {name for name, *_ in calls} == CALLED
 
 
+def _leaves(name, args):
+    """The tensors that the operation has gradients to, made to ask for them."""
+    if name == "joined_bn_act_matching":
+        leaves = [*args[0], *args[1]]
+    else:
+        leaves = [args[0], *(args[1:2] if name in ("bilinear_attention_pool", "bn_act_matching") else ())]
+    return [leaf.requires_grad_() for leaf in leaves if leaf is not None]
+
+
+def _elements(first):
+    return first.numel() if isinstance(first, torch.Tensor) else sum(t.numel() for t in first)
+
+
 def _run(name, args, kwargs, backend, double):
     """Outputs, and gradients of the tensors that the operation has gradients to; for Adam what it wrote."""
 
@@ -104,11 +104,10 @@ def _run(name, args, kwargs, backend, double):
 
     args, kwargs = _map(args, change), _map(kwargs, change)
     if name == "adam_clamp_":
-        ops.adam_clamp_(*args, **kwargs, backend=backend)
+        _dispatch.run(name, backend, *args, **kwargs)
         return [args[0], args[2], args[3]], []
-    leaves = [args[0], *([args[1]] if name == "bilinear_attention_pool" else []), kwargs.get("residual")]
-    leaves = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
-    outputs = getattr(ops, name)(*args, **kwargs, backend=backend)
+    leaves = _leaves(name, args)
+    outputs = _dispatch.run(name, backend, *args, **kwargs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
@@ -119,11 +118,11 @@ def _run(name, args, kwargs, backend, double):
 def test_both_gates(name, calls, device):
     """The first, the last and the largest call; the last layers have the smallest maps."""
     of_this = [(args, kwargs) for called, args, kwargs in calls if called == name]
-    largest = max(range(len(of_this)), key=lambda i: of_this[i][0][0].numel())
+    largest = max(range(len(of_this)), key=lambda i: _elements(of_this[i][0][0]))
     for index in sorted({0, largest, len(of_this) - 1}):
         args, kwargs = of_this[index]
         if name == "crop_flip_roll":  # rows of images are slow in the interpreter: one image of each segment
-            args = (args[0][2:4], args[1], (0, 1, 2), args[3])
+            args = (args[0][2:4], args[1], (0, 1, 2), *args[3:])
         # float32 values, so that the float64 reference sees the same
         args, kwargs = (
             _map(kept, lambda t: (t.float() if t.is_floating_point() else t).to(device)) for kept in (args, kwargs)
@@ -142,6 +141,6 @@ def test_input_without_gradient(name, calls, device):
     args, kwargs = (
         _map(kept, lambda t: (t.float() if t.is_floating_point() else t).to(device)) for kept in (args, kwargs)
     )
-    outputs = getattr(ops, name)(*args, **kwargs, backend="triton")
+    outputs = _dispatch.run(name, "triton", *args, **kwargs)
     for output in outputs if isinstance(outputs, tuple) else (outputs,):
         assert not output.requires_grad

@@ -625,8 +625,8 @@ def test_convolutions_are_measured_once_and_a_resumed_run_keeps_them(
     measured: list[dict[str, str]] = []
     real = distill.tune
 
-    def tune(*arguments: object) -> object:
-        found = real(*arguments)
+    def tune(*arguments: object, **settings: object) -> object:
+        found = real(*arguments, **settings)
         measured.append(dict(found.chosen))
         return found
 

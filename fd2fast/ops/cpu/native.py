@@ -1,4 +1,4 @@
-"""Typed face of the C++ kernels for a frozen network's layers: tensors in, tensors out, no autograd."""
+"""Typed face of the C++ extension _frozen: tensors in, tensors out, no autograd, no checks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch  # before _frozen, so that both share one OpenMP runtime
 from torch import Tensor
 
 _native: ModuleType | None
+WHY_NOT: str | None
 try:
     from fd2fast import _frozen as _native
 except ImportError as error:
     _native, WHY_NOT = None, f"the C++ kernels are not built: {error}"
 else:
-    WHY_NOT = ""
+    WHY_NOT = None
 
 _ACTIVATIONS = {"identity": 0, "relu": 1, "relu6": 2}
 _TYPES = (torch.float32, torch.bfloat16)
@@ -45,23 +46,31 @@ def keep_memory() -> bool:
     return all(mallopt(option, value) == 1 for option, value in _KEEP)
 
 
-def available() -> bool:
-    """Whether the kernels are built."""
-    return _native is not None
+def missing() -> str | None:
+    """Why the kernels cannot run in this process, or None."""
+    return WHY_NOT
 
 
 def takes(x: Tensor) -> bool:
     """Whether the kernels can work on maps such as x [N, C, H, W]: CPU, fp32 or bf16, dense channels_last, a plain tensor."""
-    return (
-        _native is not None
-        and not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.dtype in _TYPES
-        and x.ndim == 4
-        and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
+    return _native is not None and why_not(x) is None
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why the kernels, where they are built, cannot work on maps such as x, or None."""
+    if torch.compiler.is_compiling():
+        return "torch.compile does not trace C++ kernels"
+    if type(x) is not Tensor:
+        return f"a map is a {type(x).__name__}, not a plain tensor"
+    if x.device.type != "cpu":
+        return f"the maps are on {x.device.type}"
+    if x.dtype not in _TYPES:
+        return f"the maps are in {x.dtype}"
+    if x.ndim != 4 or x.numel() == 0:
+        return f"a map is {list(x.shape)}"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return f"a map has strides {list(x.stride())}, not channels_last"
+    return None
 
 
 def _like(tensor: Tensor, x: Tensor) -> Tensor:
@@ -155,48 +164,97 @@ def bn_act_backward(
     return grad_x, grad_residual if with_residual else None
 
 
-def statistics(x: Tensor, segments: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [S, C], float32."""
+def statistics(x: Tensor, segments: Sequence[int]) -> Tensor:
+    """Mean and biased variance [2, S, C], float32."""
     assert _native is not None
-    mean, var = torch.empty(2, len(segments) - 1, x.shape[1]).unbind()
+    both = torch.empty(2, len(segments) - 1, x.shape[1])
+    mean, var = both.unbind()
     _native.statistics(_map(x, segments), x.data_ptr(), mean.data_ptr(), var.data_ptr())
-    return mean, var
+    return both
 
 
-def affine(x: Tensor, slope: Tensor, offset: Tensor, segments: Sequence[int]) -> Tensor:
-    """x slope + offset, with float32 [S, C] of each."""
+def statistics_backward(x: Tensor, both: Tensor, grad: Tensor, segments: Sequence[int]) -> Tensor:
+    """The gradient of x from that of `statistics`' result, both [2, S, C]."""
     assert _native is not None
-    out, slope, offset = _empty_like(x), slope.contiguous(), offset.contiguous()
-    _native.affine(_map(x, segments), x.data_ptr(), slope.data_ptr(), offset.data_ptr(), out.data_ptr())
+    out, grad = _empty_like(x), grad.float().contiguous()
+    var = grad.numel() // 2 * grad.element_size()  # bytes before the variances
+    _native.statistics_backward(
+        _map(x, segments), x.data_ptr(), both.data_ptr(), grad.data_ptr(), grad.data_ptr() + var, out.data_ptr()
+    )
     return out
 
 
-def join_forward(maps: Sequence[Tensor], constants: Sequence[Tensor], activation: str) -> Tensor:
-    """activation(cat(maps) scale + shift); the maps all as `takes` wants them."""
+def join_forward(
+    maps: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    segments: Sequence[int],
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """y = activation(cat(maps) scale + shift) and the matching loss [S]; the maps all as `takes` wants them.
+
+    statistics: mean and variance [2, S, c] of each map, float32, contiguous; constants as of `bn_act_forward`.
+    """
     assert _native is not None
     n, _, h, w = maps[0].shape
     channels = [x.shape[1] for x in maps]
     y = torch.empty(n, sum(channels), h, w, dtype=maps[0].dtype, memory_format=torch.channels_last)
+    loss = torch.empty(len(segments) - 1)
     _native.join_forward(
-        _map(y, (0, n)), _pointers(constants), _ACTIVATIONS[activation], _pointers(maps), channels, y.data_ptr()
-    )
-    return y
-
-
-def join_backward(maps: Sequence[Tensor], grad: Tensor, constants: Sequence[Tensor], activation: str) -> list[Tensor]:
-    """The maps' gradients from that of `join_forward`'s result."""
-    assert _native is not None
-    grad, grads = _like(grad, maps[0]), [_empty_like(x) for x in maps]
-    _native.join_backward(
-        _map(grad, (0, grad.shape[0])),
+        _map(y, segments),
         _pointers(constants),
         _ACTIVATIONS[activation],
         _pointers(maps),
+        _pointers(statistics),
+        channels,
+        y.data_ptr(),
+        loss.data_ptr(),
+    )
+    return y, loss
+
+
+def join_backward(
+    maps: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    grad: Tensor,
+    grad_loss: Tensor,
+    constants: Sequence[Tensor],
+    segments: Sequence[int],
+    activation: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of the maps and of their statistics from those of `join_forward`'s results."""
+    assert _native is not None
+    grad, grad_loss = _like(grad, maps[0]), grad_loss.float().contiguous()
+    grads, grad_statistics = [_empty_like(x) for x in maps], [torch.empty_like(s) for s in statistics]
+    _native.join_backward(
+        _map(grad, segments),
+        _pointers(constants),
+        _ACTIVATIONS[activation],
+        _pointers(maps),
+        _pointers(statistics),
         [x.shape[1] for x in maps],
         grad.data_ptr(),
+        grad_loss.data_ptr(),
         _pointers(grads),
+        _pointers(grad_statistics),
     )
-    return grads
+    return grads, grad_statistics
+
+
+def unit_root_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """z = r / |r| [N, D] of r = sign(x) sqrt(|x| + eps), x float32 [N, D], contiguous; and |r| [N], at least 1e-12."""
+    assert _native is not None
+    z, norms = torch.empty_like(x), torch.empty(len(x))
+    _native.unit_root_forward(*x.shape, eps, *_pointers((x, z, norms)), torch.get_num_threads())
+    return z, norms
+
+
+def unit_root_backward(x: Tensor, z: Tensor, norms: Tensor, grad: Tensor, eps: float) -> Tensor:
+    """The gradient of x from that of z; the slope at 0 is 0."""
+    assert _native is not None
+    grad_x, grad = torch.empty_like(x), grad.float().contiguous()
+    _native.unit_root_backward(*x.shape, eps, *_pointers((x, z, norms, grad, grad_x)), torch.get_num_threads())
+    return grad_x
 
 
 def max_pool_forward(x: Tensor, window: Sequence[Sequence[int]], out: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -330,3 +388,19 @@ def winograd(x: Tensor, packed: Tensor, bias: Tensor | None, channels: int, padd
         torch.get_num_threads(),
     )
     return y
+
+
+def distances(z: Tensor, prototypes: Tensor) -> Tensor:
+    """|z_n - c_k| [N, K] of float32 z [N, D] and prototypes [K, D], contiguous, from differences."""
+    assert _native is not None
+    out = torch.empty(len(z), len(prototypes))
+    _native.distances(len(z), *prototypes.shape, *_pointers((z, prototypes, out)), torch.get_num_threads())
+    return out
+
+
+def pull(z: Tensor, prototypes: Tensor, weights: Tensor) -> Tensor:
+    """The sum over k of weights [N, K] times (z_n - c_k), [N, D]."""
+    assert _native is not None
+    out, weights = torch.empty_like(z), weights.contiguous()
+    _native.pull(len(z), *prototypes.shape, *_pointers((z, prototypes, weights, out)), torch.get_num_threads())
+    return out
