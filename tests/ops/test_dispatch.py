@@ -1,7 +1,9 @@
 """The choice of a backend and its reasons, and what importing the operations loads."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ IN_CPP = (
     "prototype_loss",
     "segment_statistics",
 )
+OPS = Path(ops.__file__).parent
 
 
 def test_import_loads_no_triton_and_no_kernels():
@@ -41,6 +44,29 @@ def test_every_operation_is_registered_and_says_why():
     for backend, reason in table.values():
         assert backend in _dispatch.RANKED
         assert bool(reason) == (backend != "triton")
+
+
+def _calls(path, start):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return [call for call in calls if ast.unparse(call.func).startswith(start)]
+
+
+def test_a_backend_is_one_folder():
+    """Each but the reference is entered in its own folder only; the reference beside each operation's checks."""
+    folders = {path.name for path in OPS.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(_dispatch.RANKED) - {"reference"}
+    for path in OPS.rglob("*.py"):
+        own = path.parent.name if path.parent != OPS else "reference"
+        for call in _calls(path, "_dispatch.register"):
+            named = "triton" if call.func.attr == "register_triton" else call.args[1].value
+            assert named == own, path
+
+
+def test_models_choose_no_backend():
+    for path in (OPS.parent / "models").glob("*.py"):
+        assert not _calls(path, "_dispatch.choose"), path
+        for call in _calls(path, "_dispatch.run"):
+            assert call.args[1].value == "auto", path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an NVIDIA GPU is the best device")
