@@ -68,7 +68,10 @@ def test_help_lists_every_method(command, capsys):
         (["run", "--config=none.toml"], "none.toml is missing"),
         (["run", "--methods", "sre2l"], "unknown method 'sre2l': did you mean 'sre2l++'?"),
         (["run", "--methods", "random:firm"], "labels are hard or soft, not 'firm'"),
-        (["run", "--ipc", "0"], "ipc must be one or several numbers of images per class, each 1 or more, got (0,)"),
+        (
+            ["run", "--ipc", "0"],
+            "run.ipc must be a list of at least one, each a whole number of at least 1 (images per class), got (0,)",
+        ),
         (["pretrain", "--dataset", "nowhere", "--out", "x"], "nowhere does not exist; wanted the folder of a dataset"),
     ],
 )
