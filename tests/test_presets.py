@@ -127,7 +127,7 @@ def test_what_editors_save_is_read(tmp_path, content):
         (b"[pretrain]\neval-every = 2\n", r"did you mean 'eval_every'\?"),
         (b"ipc = 3\n", "ipc must be"),
         (b"teachers = 'ResNet18'\n", "teachers must be"),
-        (b"[[data]]\nsize = 1\n", "data must be a table, got 3"),
+        (b"[[data]]\nsize = 1\n", r"data must be a table, got \[{"),
         (b"out = 2024-01-01\n", "out must be"),
     ],
 )
