@@ -55,7 +55,8 @@ ALLOWED: dict[str, set[str]] = {
     "student": BASE | {"artifacts", "data", "device", "models", "seeding", "threads"},
     "methods": BASE | {"recipe"},
     "entries": BASE | {"methods"},
-    "graph": BASE | {"artifacts", "data", "entries", "space"},
+    "commands": {"artifacts", "config"},
+    "graph": BASE | {"artifacts", "commands", "data", "entries", "space"},
     "step": BASE | {"methods", "models", "ops", "recipe"},
     "memory": BASE | {"causes", "device", "limits", "models", "recipe", "step"},
     "inputs": BASE | {"artifacts", "data", "methods", "models", "ops", "planner", "recipe", "seeding", "step"},
@@ -99,6 +100,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": BASE
     | {
         "artifacts",
+        "commands",
         "failure",
         "graph",
         "info",

@@ -282,9 +282,4 @@ SPEC = StageSpec(
     _jobs,
     faults,
     run_all=lambda calls, overwrite: run_all([Row(*call) for call in calls], overwrite=overwrite),
-    examples=(
-        "fd2fast evaluate --dataset D --images I --soft-labels L --model ResNet18 --seeds 0 1 2 --out runs/cub/metrics/ResNet18",
-    ),
-    notes={"labels": "not needed with --labels hard"},
-    options={"labels": "soft_labels"},
 )

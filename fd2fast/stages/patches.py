@@ -194,11 +194,4 @@ def _job(config: PatchesConfig, teacher: str) -> Job:
     )
 
 
-SPEC = StageSpec(
-    run,
-    _jobs,
-    faults,
-    examples=(
-        "fd2fast patches --dataset runs/cub/dataset --teacher runs/cub/teachers/ResNet18 --factor 2 --out runs/cub/patches/2",
-    ),
-)
+SPEC = StageSpec(run, _jobs, faults)

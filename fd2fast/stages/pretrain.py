@@ -551,11 +551,4 @@ def _job(config: PretrainConfig) -> Job:
     )
 
 
-SPEC = StageSpec(
-    run,
-    _jobs,
-    faults,
-    examples=(
-        "fd2fast pretrain --dataset runs/cub/dataset --model ResNet18 --weights resnet18.pth --out runs/cub/teachers/ResNet18",
-    ),
-)
+SPEC = StageSpec(run, _jobs, faults)

@@ -366,12 +366,4 @@ def _job(config: RelabelConfig, entry: Entry, ipc: int, teachers: Sequence[str])
     )
 
 
-SPEC = StageSpec(
-    run,
-    _jobs,
-    faults,
-    examples=(
-        "fd2fast relabel --images runs/cub/images/sre2l++_fd2 --teachers runs/cub/teachers/ResNet18 --epochs 400 --out L",
-    ),
-    notes={"teachers": "their logits are averaged"},
-)
+SPEC = StageSpec(run, _jobs, faults)
