@@ -14,35 +14,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Interval, Unit
+from annotated_types import Ge, Interval, MinLen
 
 from fd2fast.ranges import (
     AnySeed,
     Area,
     Below1,
     Count,
-    Distinct,
+    Counts,
     Name,
+    Names,
     NotNegative,
     Place,
     Positive,
     Seed,
-    Several,
+    Seeds,
     Share,
     Weight,
     misfits,
 )
 
 # Crops are kept as 16-bit numbers.
-_LARGEST_SIDE = 2**15 - 1
-Side = Annotated[int, Interval(ge=8, le=_LARGEST_SIDE), Unit("pixels")]
+Side = Annotated[int, Interval(ge=8, le=2**15 - 1), "a whole number of pixels within [8, 32767]"]
+_Pixels = Annotated[NotNegative, "a whole number of pixels, at least 0"]
 # Of pixels in [0, 1].
-_Deviation = Annotated[float, Interval(ge=1e-6, le=1)]
-_Hue = Annotated[float, Interval(ge=0, le=0.5), Unit("hue")]
-_Degrees = Annotated[float, Interval(ge=0, le=180), Unit("degrees")]
-_PerClass = Annotated[Count, Unit("images per class")]
-# Images of a batch that can be mixed or normalised.
-Pair = Annotated[Count, Ge(2)]
+_Deviation = Annotated[float, Interval(ge=1e-6, le=1), "a number within [1e-06, 1]"]
+_Jitter = Annotated[
+    tuple[Weight, Weight, Weight, Annotated[float, Interval(ge=0, le=0.5)]],
+    "4 finite numbers of at least 0, the last (hue) at most 0.5",
+]
+_Rotation = Annotated[float, Interval(ge=0, le=180), "a number of degrees within [0, 180]"]
+_PerClass = Annotated[Count, "a whole number of images per class, at least 1"]
+# Of images of a batch that can be mixed or normalised, and of classes.
+Two = Annotated[Count, Ge(2), "a whole number of at least 2"]
 
 DATASETS = ("typefaces", "cub", "aircraft", "cars", "imagenette", "imagewoof", "folder")
 
@@ -81,7 +85,7 @@ class DataConfig:
     # Channel standard deviations; None: as for the mean.
     std: tuple[_Deviation, _Deviation, _Deviation] | None = None
     # typefaces: number of faces.
-    classes: Annotated[Count, Ge(2)] = 20
+    classes: Two = 20
     # typefaces: training images of each class.
     train_per_class: Count = 60
     # typefaces: test images of each class (other words than in training).
@@ -99,7 +103,7 @@ class PretrainConfig:
     # Backbone: ResNet18, ResNet50, DenseNet121, MobileNetV2, ShuffleNetV2 or timm:NAME[,key=value...] (any CNN with BatchNorm).
     model: Name = "ResNet18"
     # Starting weights: a local .pth or .safetensors file, "hub" to fetch ImageNet weights by name, None: from scratch.
-    weights: Name | None = _place()
+    weights: Annotated[Name, "a file or hub"] | None = _place()
     # Attention maps M; None: the paper's value for this data set and backbone (App. Table 3), else 8.
     attention_maps: Count | None = None
     # Share of the CAL branch in the losses, alpha of Eq. 8 and 11; None: as attention_maps, else 0.5.
@@ -140,9 +144,9 @@ class PretrainConfig:
     # Probability of a horizontal flip.
     flip: Share = 0.5
     # Colour jitter: brightness, contrast, saturation, hue.
-    color_jitter: tuple[Weight, Weight, Weight, _Hue] = (0.2, 0.2, 0.2, 0.1)
+    color_jitter: _Jitter = (0.2, 0.2, 0.2, 0.1)
     # Largest rotation to either side, degrees.
-    rotation: _Degrees = 15.0
+    rotation: _Rotation = 15.0
     # Smallest area share of a random resized crop; 1 takes the whole image (released).
     min_crop: Area = 1.0
     # Epochs between evaluations on the test images; the last epoch is always evaluated.
@@ -193,9 +197,9 @@ class DistillConfig:
     # Most segments in one step; None: what memory and speed allow. The plan is recorded, because rounding depends on it.
     segments_per_step: Count | None = None
     # Iterations of each phase; one number for a method of several phases is shared out evenly.
-    iterations: Annotated[tuple[Count, ...], Several] | None = None
+    iterations: Counts | None = None
     # Image side of each phase, pixels.
-    sizes: Annotated[tuple[Side, ...], Several] | None = None
+    sizes: Annotated[tuple[Side, ...], MinLen(1), "a list of at least one side, each 8 to 32767 pixels"] | None = None
     # Share of the image kept at the start of every later phase; the rest is the initial image again (FADRM's residual); 1: none.
     residual: Share | None = None
     # Learning rate of Adam on the pixels; falls as half a cosine over all phases.
@@ -221,7 +225,7 @@ class DistillConfig:
     # Smallest area share of that crop.
     min_crop: Area = 0.08
     # Largest roll along both axes, pixels; None: 32 at 224, 4 at 64 and below, in proportion between.
-    jitter: Annotated[NotNegative, Unit("pixels")] | None = None
+    jitter: _Pixels | None = None
     # FD2: constraints L_F and L_S, and L_cls in place of the cross entropy.
     fd2: bool | None = None
     # Prototypes of L_F: ema, used as they are (paper), or last (released); see PretrainConfig.prototype_rule.
@@ -233,7 +237,7 @@ class DistillConfig:
     # beta of Eq. 9: share of the own prototype.
     beta: Share = 0.5
     # Images of a class that repel each other's attention, N_S.
-    group_size: Annotated[Count, Unit("images, N_S")] = 4
+    group_size: Annotated[Count, "a whole number of images (N_S), at least 1"] = 4
     # epsilon of the normalised distance.
     eps: Positive = 1e-6
     # Keep the base method's cross entropy beside L_cls (Eq. 12 read literally).
@@ -254,9 +258,9 @@ class DistillConfig:
     # Seed of initial images, crops, flips and rolls.
     seed: Seed = 0
     # Iterations between saves of unfinished steps; None: about every 30 seconds.
-    save_every: Annotated[Count, Unit("iterations")] | None = _runtime(None)
+    save_every: Annotated[Count, "a whole number of iterations, at least 1"] | None = _runtime(None)
     # Most memory that a step may take, GB; None: what is free.
-    memory_limit: Annotated[Positive, Unit("GB")] | None = _runtime(None)
+    memory_limit: Annotated[Positive, "a finite number of GB above 0"] | None = _runtime(None)
     # Device.
     device: Name = _runtime("auto")
 
@@ -270,7 +274,7 @@ class RelabelConfig:
     # Epochs of labels; the student trains as many.
     epochs: Count = 300
     # Images of one batch (batch-specific labels depend on it); None: 20 or all of fewer, or the next even divisor of the set.
-    batch_size: Pair | None = None
+    batch_size: Two | None = None
     # batch: teacher in train mode on half batches ("batch-specific soft labels"). eval: teacher in eval mode.
     teacher_mode: Literal["batch", "eval"] = "batch"
     # Branch that labels: backbone (paper) or cal.
@@ -305,7 +309,7 @@ class EvaluateConfig:
     # Epochs; None: as many as were labelled, or 300 for hard labels.
     epochs: Count | None = None
     # Hard labels without a label store: images of one batch, as in RelabelConfig.
-    batch_size: Pair | None = None
+    batch_size: Two | None = None
     # Hard labels without a label store: smallest area share of the per-image crop.
     min_crop: Area = 0.08
     # Hard labels without a label store: mix pairs of images, cutmix or none; the classes are mixed by area.
@@ -317,7 +321,7 @@ class EvaluateConfig:
     # Hard labels without a label store: seed of order, crops and mixing.
     seed: AnySeed = 42
     # One student per seed of initialisation.
-    seeds: Annotated[tuple[AnySeed, ...], Several, Distinct] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     # Temperature of the KL divergence.
     temperature: Positive = 20.0
     # AdamW learning rate; transformers often need a lower one.
@@ -345,14 +349,14 @@ class RunConfig:
     # Output folder; run the same command again to resume.
     out: Place = Path("runs/typefaces")
     # Teachers' backbones; methods with one teacher take the first.
-    teachers: Annotated[tuple[Name, ...], Several] = ("ResNet18",)
+    teachers: Names = ("ResNet18",)
     # Methods, in the order of the table. Random, herding and kcenter are labelled by their classes, all others by the teachers;
     # NAME:soft or NAME:hard says otherwise.
-    methods: Annotated[tuple[Name, ...], Several] = ("random", "rded", "sre2l++", "sre2l++_fd2")
+    methods: Names = ("random", "rded", "sre2l++", "sre2l++_fd2")
     # Images per class: one or several; smaller sets are the first ids of the largest.
-    ipc: Annotated[tuple[_PerClass, ...], Several] = (1,)
+    ipc: Annotated[Counts, "a list of at least one number of images per class, each at least 1"] = (1,)
     # Students' backbones.
-    students: Annotated[tuple[Name, ...], Several] = ("ResNet18",)
+    students: Names = ("ResNet18",)
     # The data set.
     data: DataConfig = DataConfig()
     # How teachers are trained (model is taken from --teachers).

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import itertools
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen, Predicate, Unit
+from annotated_types import Ge, Gt, Interval, MinLen, Predicate
 
 from fd2fast.errors import nearest, refuse
 from fd2fast.paths import expand
@@ -40,26 +39,28 @@ class _AsWritten:
         return core_schema.with_info_plain_validator_function(path)
 
 
-def all_different(values: Sequence[Any]) -> bool:
-    """Whether no value comes twice."""
+def _all_different(values: Sequence[Any]) -> bool:
     return not repeated(values)
 
 
-Count = Annotated[int, Interval(ge=1, le=_MOST)]
-NotNegative = Annotated[int, Interval(ge=0, le=_MOST)]
-Seed = Annotated[int, Interval(ge=0, le=_MOST_SEED)]
+# The text says in messages what is wanted; a type that narrows another may say it anew.
+Count = Annotated[int, Interval(ge=1, le=_MOST), "a whole number of at least 1"]
+NotNegative = Annotated[int, Interval(ge=0, le=_MOST), "a whole number of at least 0"]
+Seed = Annotated[int, Interval(ge=0, le=_MOST_SEED), "a whole number of at least 0"]
 AnySeed = Annotated[int, Interval(ge=-_MOST_SEED, le=_MOST_SEED)]
-Positive = Annotated[float, Interval(gt=0)]
-Weight = Annotated[float, Interval(ge=0)]
-Share = Annotated[float, Interval(ge=0, le=1)]
+Positive = Annotated[float, Gt(0), "a finite number above 0"]
+Weight = Annotated[float, Ge(0), "a finite number of at least 0"]
+Share = Annotated[float, Interval(ge=0, le=1), "a number within [0, 1]"]
 # A share that is not 0, and one that is not 1.
-Area = Annotated[float, Interval(gt=0, le=1)]
-Below1 = Annotated[float, Interval(ge=0, lt=1)]
-Name = Annotated[str, Predicate(str.strip)]
-Place = Annotated[Path, _AsWritten()]
-# Of lists.
-Several = MinLen(1)
-Distinct = Predicate(all_different)
+Area = Annotated[float, Interval(gt=0, le=1), "a number within (0, 1]"]
+Below1 = Annotated[float, Interval(ge=0, lt=1), "a number within [0, 1)"]
+Name = Annotated[str, Predicate(str.strip), "a name"]
+Place = Annotated[Path, _AsWritten(), "a path"]
+Counts = Annotated[tuple[Count, ...], MinLen(1), "a list of at least one, each a whole number of at least 1"]
+Names = Annotated[tuple[Name, ...], MinLen(1), "a list of at least one name"]
+Seeds = Annotated[
+    tuple[AnySeed, ...], MinLen(1), Predicate(_all_different), "a list of at least one seed, all different"
+]
 
 
 def misfits(config: Any) -> dict[str, str]:
@@ -190,53 +191,23 @@ def _elsewhere(kind: Any, where: tuple[str, ...]) -> str:
     return f"it is a setting of {', '.join(tables)}: write it below that line" if tables and len(where) == 1 else ""
 
 
-def _parts(hint: Any) -> tuple[Any, list[Any]]:
-    """The type that a hint is of, other than None, and what is said beside it of its values."""
-    if get_origin(hint) is Annotated:
-        inner, beside = _parts(hint.__origin__)
-        spread = [one for each in hint.__metadata__ for one in (each if isinstance(each, Interval) else (each,))]
-        return inner, [*beside, *spread]
-    if NoneType in get_args(hint):
-        return _parts(next(one for one in get_args(hint) if one is not NoneType))
-    return hint, []
-
-
 def _wanted(hint: Any) -> str:
     """The values that a hint allows, in words."""
-    kind, beside = _parts(hint)
+    said = [one for one in getattr(hint, "__metadata__", ()) if isinstance(one, str)]
+    if said:
+        return said[-1]
+    kind = hint.__origin__ if get_origin(hint) is Annotated else hint
     origin, arguments = get_origin(kind), get_args(kind)
+    if NoneType in arguments:
+        return _wanted(next(one for one in arguments if one is not NoneType))
     if origin is Literal:
         return either(arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        least = " of at least one" if any(isinstance(one, MinLen) for one in beside) else ""
-        return f"a list{least}, {'all different, ' if Distinct in beside else ''}each {_wanted(arguments[0])}"
     if origin is tuple:
-        runs = [(text, len(list(run))) for text, run in itertools.groupby(map(_wanted, arguments))]
-        if len(runs) == 1:
-            return f"{len(arguments)} values, each {runs[0][0]}"
-        return f"{len(arguments)} values, in order {'; '.join(f'{count} x {text}' for text, count in runs)}"
+        return f"{'a list' if Ellipsis in arguments else f'{len(arguments)} values'}, each {_wanted(arguments[0])}"
     if origin is dict:
         return "a table" if arguments[1] is Any else f"a table, each value {_wanted(arguments[1])}"
-    if _is_table(kind):
-        return "a table"
-    bounds = _bounds(beside)
-    number = "a number" if bounds.startswith(" within") else "a finite number"
-    words = {int: "a whole number", float: number, bool: "true or false", str: "a name", Path: "a path"}
-    unit = next((f" ({one.unit})" for one in beside if isinstance(one, Unit)), "")
-    return words.get(kind, str(kind)) + bounds + unit
-
-
-def _bounds(beside: Sequence[Any]) -> str:
-    # the narrowest; a type narrows the one that it is made from, which comes first
-    low = next((one for one in reversed(beside) if isinstance(one, Ge | Gt)), None)
-    high = next((one for one in reversed(beside) if isinstance(one, Le | Lt)), None)
-    least: Any = low.ge if isinstance(low, Ge) else low.gt if low else -_MOST
-    most: Any = high.le if isinstance(high, Le) else high.lt if high else _MOST
-    if most < _MOST:
-        return f" within {'[' if isinstance(low, Ge) else '('}{least}, {most}{']' if isinstance(high, Le) else ')'}"
-    if least <= -_MOST:
-        return ""
-    return f" of at least {least}" if isinstance(low, Ge) else f" above {least}"
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    return words.get(kind, "a table")
 
 
 def either(choices: Sequence[Any]) -> str:
@@ -246,8 +217,8 @@ def either(choices: Sequence[Any]) -> str:
 
 
 def _closest(value: Any, hint: Any) -> str:
-    kind, _ = _parts(hint)
-    known = [str(one) for one in get_args(kind)] if get_origin(kind) is Literal and isinstance(value, str) else []
+    literal = next((one for one in (hint, *get_args(hint)) if get_origin(one) is Literal), None)
+    known = [one for one in get_args(literal) if isinstance(one, str)]
     close = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.4)
     return f": did you mean {close[0]!r}?" if close else ""
 

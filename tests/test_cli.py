@@ -91,7 +91,7 @@ def test_help_lists_every_method(command, capsys):
         (["run", "--methods", "random:firm"], "labels are hard or soft, not 'firm'"),
         (
             ["run", "--ipc", "0"],
-            "run.ipc must be a list of at least one, each a whole number of at least 1 (images per class), got (0,)",
+            "run.ipc must be a list of at least one number of images per class, each at least 1, got (0,)",
         ),
         (["pretrain", "--dataset", "nowhere", "--out", "x"], "nowhere does not exist; wanted the folder of a dataset"),
     ],

@@ -68,7 +68,7 @@ def test_toml_overrides_nested_values(tmp_path):
     ("text", "message"),
     [
         ("[data]\nsise = 3\n", r"\[data\] sise is unknown: did you mean 'size'\?"),
-        ('[data]\nsize = "big"\n', r"\[data\] size must be a whole number within \[8, 32767\] \(pixels\), got 'big'"),
+        ('[data]\nsize = "big"\n', r"\[data\] size must be a whole number of pixels within \[8, 32767\], got 'big'"),
         ('[data]\nbad_images = "ignore"\n', r"\[data\] bad_images must be error or skip, got 'ignore'"),
         ("data = 3\n", "data must be a table, got 3"),
         ("[distill]\nlam = true\n", r"\[distill\] lam must be a number within \[0, 1\], got True"),

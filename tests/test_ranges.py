@@ -6,6 +6,7 @@ import typing
 
 import numpy as np
 import pytest
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from fd2fast.config import (
     DataConfig,
@@ -86,8 +87,10 @@ COUNT = "a whole number of at least 1"
 POSITIVE = "a finite number above 0"
 SHARE = "a number within [0, 1]"
 COUNTS = f"a list of at least one, each {COUNT}"
-SEEDS = "a list of at least one, all different, each a whole number"
-JITTER = "4 values, in order 3 x a finite number of at least 0; 1 x a number within [0, 0.5] (hue)"
+PER_CLASS = "a whole number of images per class, at least 1"
+SIDE = "a whole number of pixels within [8, 32767]"
+SEEDS = "a list of at least one seed, all different"
+JITTER = "4 finite numbers of at least 0, the last (hue) at most 0.5"
 
 
 @pytest.mark.parametrize(
@@ -104,24 +107,24 @@ JITTER = "4 values, in order 3 x a finite number of at least 0; 1 x a number wit
         ("relabel", {"mix_alpha": -1.0}, f"mix_alpha must be {POSITIVE}, got -1.0"),
         ("relabel", {"batch_size": 1}, "batch_size must be a whole number of at least 2, got 1"),
         ("relabel", {"epochs": 0}, f"epochs must be {COUNT}, got 0"),
-        ("relabel", {"ipc": 0}, f"ipc must be {COUNT} (images per class), got 0"),
+        ("relabel", {"ipc": 0}, f"ipc must be {PER_CLASS}, got 0"),
         ("relabel", {"teacher_mode": "train"}, "teacher_mode must be batch or eval, got 'train'"),
         ("relabel", {"mix": None}, "mix must be cutmix or none, got None"),
         ("patches", {"factor": 3}, "factor must be 1 or 2, got 3"),
         ("patches", {"pool": 3}, "pool must be at least factor^2 = 4, got 3"),
         ("patches", {"min_crop": 0.0}, "min_crop must be a number within (0, 1], got 0.0"),
-        ("patches", {"per_class": "5"}, f"per_class must be {COUNT} (images per class), got '5'"),
+        ("patches", {"per_class": "5"}, f"per_class must be {PER_CLASS}, got '5'"),
         ("distill", {"beta": 1.5}, f"beta must be {SHARE}, got 1.5"),
         ("distill", {"betas": (0.9,)}, "betas must be 2 values, each a number within [0, 1), got (0.9,)"),
         ("distill", {"betas": (0.5, 1.0)}, "betas must be 2 values, each a number within [0, 1), got (0.5, 1.0)"),
         ("distill", {"iterations": (10, -1)}, f"iterations must be {COUNTS}, got (10, -1)"),
         ("distill", {"iterations": ()}, f"iterations must be {COUNTS}, got ()"),
         ("distill", {"iterations": 300}, f"iterations must be {COUNTS}, got 300"),
-        ("distill", {"group_size": 0}, f"group_size must be {COUNT} (images, N_S), got 0"),
+        ("distill", {"group_size": 0}, "group_size must be a whole number of images (N_S), at least 1, got 0"),
         ("distill", {"lr": "0.1"}, f"lr must be {POSITIVE}, got '0.1'"),
         ("distill", {"lr": math.inf}, f"lr must be {POSITIVE}, got inf"),
-        ("distill", {"ipc": None}, f"ipc must be {COUNT} (images per class), got None"),
-        ("distill", {"ipc": 1.5}, f"ipc must be {COUNT} (images per class), got 1.5"),
+        ("distill", {"ipc": None}, f"ipc must be {PER_CLASS}, got None"),
+        ("distill", {"ipc": 1.5}, f"ipc must be {PER_CLASS}, got 1.5"),
         ("distill", {"ipc": 10**20}, f"ipc must be a whole number up to 2147483647, got {10**20}"),
         ("distill", {"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ("distill", {"seed": 2**63}, f"seed must be a whole number up to {2**63 - 1}, got {2**63}"),
@@ -129,17 +132,17 @@ JITTER = "4 values, in order 3 x a finite number of at least 0; 1 x a number wit
         ("distill", {"fd2": "yes"}, "fd2 must be true or false, got 'yes'"),
         ("distill", {"method": 3}, "method must be a name, got 3"),
         ("distill", {"r_bn": -1.0}, "r_bn must be a finite number of at least 0, got -1.0"),
-        ("distill", {"jitter": -1}, "jitter must be a whole number of at least 0 (pixels), got -1"),
-        ("distill", {"memory_limit": 0.0}, f"memory_limit must be {POSITIVE} (GB), got 0.0"),
+        ("distill", {"jitter": -1}, "jitter must be a whole number of pixels, at least 0, got -1"),
+        ("distill", {"memory_limit": 0.0}, "memory_limit must be a finite number of GB above 0, got 0.0"),
         ("distill", {"ls_threshold": "x"}, "ls_threshold must be a finite number, got 'x'"),
         ("distill", {"init": "patchs"}, "init must be patches, real or noise, got 'patchs': did you mean 'patches'?"),
         (
             "distill",
             {"sizes": (4,)},
-            "sizes must be a list of at least one, each a whole number within [8, 32767] (pixels), got (4,)",
+            "sizes must be a list of at least one side, each 8 to 32767 pixels, got (4,)",
         ),
-        ("data", {"size": 100_000}, "size must be a whole number within [8, 32767] (pixels), got 100000"),
-        ("data", {"size": [64]}, "size must be a whole number within [8, 32767] (pixels), got [64]"),
+        ("data", {"size": 100_000}, f"size must be {SIDE}, got 100000"),
+        ("data", {"size": [64]}, f"size must be {SIDE}, got [64]"),
         ("data", {"classes": 1}, "classes must be a whole number of at least 2, got 1"),
         (
             "data",
@@ -158,9 +161,9 @@ JITTER = "4 values, in order 3 x a finite number of at least 0; 1 x a number wit
         ("pretrain", {"backbone_epochs": 51}, "backbone_epochs must be below epochs = 51, got 51"),
         ("pretrain", {"warmup": 52.0}, "warmup must be at most epochs = 51, got 52.0"),
         ("pretrain", {"model": " "}, "model must be a name, got ' '"),
-        ("pretrain", {"weights": 3}, "weights must be a name, got 3"),
+        ("pretrain", {"weights": 3}, "weights must be a file or hub, got 3"),
         ("pretrain", {"epochs": "x", "warmup": 99.0}, f"epochs must be {COUNT}, got 'x'"),
-        ("pretrain", {"rotation": 999.0}, "rotation must be a number within [0, 180] (degrees), got 999.0"),
+        ("pretrain", {"rotation": 999.0}, "rotation must be a number of degrees within [0, 180], got 999.0"),
     ],
 )
 def test_what_is_out_of_range_is_named(stage, changes, told):
@@ -170,11 +173,14 @@ def test_what_is_out_of_range_is_named(stage, changes, told):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"methods": "sre2l++"}, "run.methods must be a list of at least one, each a name, got 'sre2l++'"),
-        ({"methods": ()}, "run.methods must be a list of at least one, each a name, got ()"),
-        ({"ipc": 3}, f"run.ipc must be {COUNTS} (images per class), got 3"),
-        ({"ipc": (1, 0)}, f"run.ipc must be {COUNTS} (images per class), got (1, 0)"),
-        ({"students": ("",)}, "run.students must be a list of at least one, each a name, got ('',)"),
+        ({"methods": "sre2l++"}, "run.methods must be a list of at least one name, got 'sre2l++'"),
+        ({"methods": ()}, "run.methods must be a list of at least one name, got ()"),
+        ({"ipc": 3}, "run.ipc must be a list of at least one number of images per class, each at least 1, got 3"),
+        (
+            {"ipc": (1, 0)},
+            "run.ipc must be a list of at least one number of images per class, each at least 1, got (1, 0)",
+        ),
+        ({"students": ("",)}, "run.students must be a list of at least one name, got ('',)"),
         ({"data": 3}, "run.data must be of the type DataConfig, got 3"),
         ({"distill": {"lam": 7}}, "run.distill must be of the type DistillConfig, got {'lam': 7}"),
         ({"out": 3}, "run.out must be a path, got 3"),
@@ -192,3 +198,20 @@ def test_numbers_of_numpy_and_lists_are_numbers():
 def test_helpers():
     assert repeated(["a", "b", "a", "c", "b", "a"]) == ["a", "b"]
     assert [either([1]), either([1, 2]), either("abc")] == ["1", "1 or 2", "a, b or c"]
+
+
+@pytest.mark.parametrize("kind", [type(config) for config, _ in STAGES.values()])
+def test_what_is_said_of_a_type_is_what_is_checked(kind):
+    """The limits of every field, but those of counters, stand in its words."""
+    said = 0
+    for hint in typing.get_type_hints(kind, include_extras=True).values():
+        for part in (hint, *typing.get_args(hint)):
+            beside = getattr(part, "__metadata__", ())
+            bounds = [one for each in beside for one in (each if isinstance(each, Interval) else [each])]
+            for lower in (True, False):
+                limits = [one for one in bounds if isinstance(one, (Ge, Gt) if lower else (Le, Lt))]
+                values = [getattr(one, type(one).__name__.lower()) for one in limits]
+                if values and abs(values[-1]) < 2**31 - 1:
+                    assert f"{values[-1]:g}" in [one for one in beside if isinstance(one, str)][-1]
+                    said += 1
+    assert said >= 4

@@ -80,14 +80,14 @@ def test_a_good_run_has_no_faults_and_leaves_nothing(tmp_path):
         ),
         ({"methods": ("sre2l", "hreding", "rded:sharp")}, ["'sre2l++'", "'herding'", "labels are hard or soft"]),
         ({"methods": ("rded", "rded:soft")}, ["methods name rded twice"]),
-        ({"methods": ()}, ["run.methods must be a list of at least one, each a name, got ()"]),
+        ({"methods": ()}, ["run.methods must be a list of at least one name, got ()"]),
         ({"teachers": ("ResNet18", "resnet18")}, ["teachers name ResNet18 twice"]),
         ({"students": (TINY, TINY)}, ["students name"]),
         ({"students": ("timm:a/b", "timm:a-b")}, ["would share the folder"]),
         ({"ipc": (2, 2)}, ["ipc names 2 twice"]),
         (
             {"evaluate__seeds": (1, 1)},
-            ["evaluate.seeds must be a list of at least one, all different, each a whole number, got (1, 1)"],
+            ["evaluate.seeds must be a list of at least one seed, all different, got (1, 1)"],
         ),
         ({"evaluate__device": "cuda:41", "relabel__device": "tpu"}, ["relabel.device", "evaluate.device"]),
         # with the data set

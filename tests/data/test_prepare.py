@@ -280,7 +280,7 @@ def test_no_space_left_is_said_before_anything_is_written(tmp_path: Path, config
 def test_settings_are_checked_first(tmp_path: Path, config: DataConfig) -> None:
     cases = {
         "unknown data set 'imagenete': did you mean 'imagenette'": replace(config, dataset="imagenete"),
-        r"size must be a whole number within \[8, 32767\] \(pixels\), got 0": replace(config, size=0),
+        r"size must be a whole number of pixels within \[8, 32767\], got 0": replace(config, size=0),
         r"mean must be 3 values, each a number within \[0, 1\], got \(123": replace(config, mean=(123.0, 117.0, 104.0)),
         r"std must be 3 values, each a number within \[1e-06, 1\], got": replace(config, std=(0.0, 0.2, 0.2)),
         "bad_images must be": replace(config, bad_images="ignore"),

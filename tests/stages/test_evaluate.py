@@ -345,8 +345,8 @@ def test_a_failing_student_is_named_and_finished_ones_are_kept(made, tmp_path, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": ()}, r"seeds must be a list of at least one, .*, got \(\)"),
-        ({"seeds": (1, 1)}, "seeds must be a list of at least one, all different"),
+        ({"seeds": ()}, r"seeds must be a list of at least one seed, all different, got \(\)"),
+        ({"seeds": (1, 1)}, "seeds must be a list of at least one seed, all different"),
         ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
         ({"epochs": 9}, "holds labels of 3 epochs, but 9 were asked for"),
         ({"ipc": 1}, "labels 2 images per class, but 1 were asked for"),

@@ -132,7 +132,7 @@ def test_other_seeds_give_other_crops(tmp_path, inputs):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"per_class": 0}, r"per_class must be a whole number of at least 1 \(images per class\), got 0"),
+        ({"per_class": 0}, r"per_class must be a whole number of images per class, at least 1, got 0"),
         ({"crops": 0}, "crops must be a whole number of at least 1, got 0"),
         ({"min_crop": 0.0}, r"min_crop must be a number within \(0, 1\], got 0.0"),
         ({"factor": 3}, "factor must be 1 or 2, got 3"),
