@@ -218,7 +218,7 @@ def either(choices: Sequence[Any]) -> str:
 
 def _closest(value: Any, hint: Any) -> str:
     literal = next((one for one in (hint, *get_args(hint)) if get_origin(one) is Literal), None)
-    known = [one for one in get_args(literal) if isinstance(one, str)]
+    known = [one for one in get_args(literal) if isinstance(one, str) and isinstance(value, str)]
     close = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.4)
     return f": did you mean {close[0]!r}?" if close else ""
 
