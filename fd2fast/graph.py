@@ -47,6 +47,7 @@ class StageSpec:
     jobs(run's settings, entries): the artifacts that a run makes. faults(settings): what is wrong with them by themselves.
     run_all([(config, out, *inputs), ...], overwrite=False): all jobs of a run at once, in place of `run`.
     shared: the stage itself uses all processes of a torchrun job. say: lines about a result, for people.
+    offered: the stage as a command, where it says more than its parameters; those of fd2fast stand in fd2fast.commands.
     """
 
     run: Callable[..., Any]
@@ -55,6 +56,7 @@ class StageSpec:
     run_all: Callable[..., list[Any]] | None = None
     shared: bool = False
     say: Callable[[Any], str] | None = None
+    offered: Command | None = None
 
     @property
     def hints(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class StageSpec:
 
     def command(self) -> Command:
         """What the command line can offer of it."""
-        return Command(self.config, self.inputs, self.output)
+        return self.offered or Command(self.config, self.inputs, self.output)
 
     def settings(self, run: RunConfig) -> Any:
         """Of this stage, in those of a run; the defaults where these hold none of their class."""
