@@ -144,12 +144,12 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
     return {name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if name in names}
 
 
-def _plain(value: Any) -> Any:
-    """Numbers of numpy as Python's, lists as tuples: what pydantic takes strictly for a number and a list."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(_plain(one) for one in value)
+def _plain(value: Any, depth: int = 5) -> Any:
+    """Numbers of numpy as Python's, lists as tuples: what pydantic takes strictly. Of deeper levels nothing is a setting."""
+    if isinstance(value, dict) and depth:
+        return {key: _plain(one, depth - 1) for key, one in value.items()}
+    if isinstance(value, list | tuple) and depth:
+        return tuple(_plain(one, depth - 1) for one in value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)

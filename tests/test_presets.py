@@ -179,6 +179,7 @@ def test_what_editors_save_is_read(tmp_path, content):
         (b"[data]\nsize = 1\n[data]\nsize = 2\n", "line 3"),
         (b"ipc = " + b"9" * 5000, "is not TOML"),
         (b"ipc = " + b"[" * 100_000, "nested too deeply|is not TOML"),
+        (b"[" + b".".join([b"a"] * 900) + b"]\nx = 1\n", r"a is unknown: did you mean"),
         (b"\x00\x01", "is not TOML"),
         (b"x" * ((1 << 20) + 1), "more than"),
         (b"[destill]\nlr = 1\n", r"destill is unknown: did you mean 'distill'\?"),
