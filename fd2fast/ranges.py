@@ -119,10 +119,10 @@ def _read(
 def _reader(kind: Any, whole: bool) -> TypeAdapter[dict[str, Any]]:
     from pydantic import ConfigDict, TypeAdapter
 
+    extra: Literal["ignore", "forbid"] = "ignore" if whole else "forbid"
+    rules = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True, extra=extra)
     # a mapping of fields: a dataclass's own would want all of them, and put defaults where a preset says otherwise
-    return TypeAdapter(
-        _table(kind, whole, ConfigDict(strict=True, allow_inf_nan=False, extra="ignore" if whole else "forbid"))
-    )
+    return TypeAdapter(_table(kind, whole, rules))
 
 
 def _table(kind: type[Any], whole: bool, rules: Any) -> Any:
@@ -207,7 +207,7 @@ def _wanted(hint: Any) -> str:
     if origin is dict:
         return "a table" if arguments[1] is Any else f"a table, each value {_wanted(arguments[1])}"
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
-    return words.get(kind, "a table")
+    return "a table" if _is_table(kind) else words.get(kind, str(kind))
 
 
 def either(choices: Sequence[Any]) -> str:
