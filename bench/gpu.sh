@@ -4,7 +4,8 @@
 # Parts, in this order: tests memcheck kernels table step scale matching; none: all of them. A part that fails or is over its
 # LIMIT (seconds, default 540) does not stop the next; what it measured until then is kept. A lease of ten minutes holds
 # "tests memcheck", "kernels", "table", or "step scale matching". PYTHON chooses the interpreter (default python3). Where there
-# is no network, wheels of missing packages (tyro docstring-parser typeguard, say) in the folder WHEELS are installed first.
+# is no network, wheels of missing packages in the folder WHEELS are installed first, say those of tyro docstring-parser typeguard
+# pydantic pydantic-core annotated-types typing-inspection typing-extensions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bench/results}

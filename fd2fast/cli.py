@@ -12,22 +12,21 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from fd2fast import __version__, failure, stopping, threads
+from fd2fast.commands import COMMANDS as OFFERED
+from fd2fast.commands import Command
 from fd2fast.config import RunConfig
 from fd2fast.errors import UserError, nearest, refuse
 from fd2fast.paths import expand, expanded
 from fd2fast.presets import PRESETS, from_toml, preset, quick
 from fd2fast.progress import show_notes
-from fd2fast.stages import ADDED, STAGES
+from fd2fast.stages import ADDED, STAGES, spec
 from fd2fast.streams import say, steady
 from fd2fast.workers import is_first
-
-if TYPE_CHECKING:
-    from fd2fast.graph import StageSpec
 
 # Columns of the narrowest page of help: on fewer tyro never ends.
 _NARROWEST = 40
@@ -47,19 +46,17 @@ def _stage(name: str, about: str) -> Callable[[Sequence[str]], None]:
     """The command of a stage: options for its settings and for the folders of its inputs."""
 
     def command(arguments: Sequence[str]) -> None:
-        from fd2fast.stages import specs
-
-        declared = specs()
-        makers = {stage.output: maker for maker, stage in reversed(declared.items())}
-        _parse(_stage_function(about, declared[name], makers), arguments, name)
+        offered = {stage: OFFERED[stage] if stage in OFFERED else spec(stage).command() for stage in STAGES}
+        makers = {one.output: stage for stage, one in reversed(offered.items())}
+        _parse(_stage_function(name, about, offered[name], makers), arguments, name)
 
     command.__doc__ = about
     return command
 
 
-def _stage_function(about: str, stage: StageSpec, makers: Mapping[type, str]) -> Callable[..., None]:
+def _stage_function(name: str, about: str, offered: Command, makers: Mapping[type, str]) -> Callable[..., None]:
     """What tyro makes the options of a stage from. makers: for a type of artifact, the command that makes it."""
-    options = {stage.options.get(one.name, one.name): one for one in stage.inputs}
+    options = {one.option or one.name: one for one in offered.inputs}
 
     def function(config: Any, *, out: Path, overwrite: bool = False, **folders: Any) -> None:
         inputs: list[Any] = []
@@ -69,6 +66,7 @@ def _stage_function(about: str, stage: StageSpec, makers: Mapping[type, str]) ->
                 inputs.append([one.type.load(folder) for folder in given])
             else:
                 inputs.append(None if given is None else one.type.load(given))
+        stage = spec(name)  # which loads torch
         _done(stage.run(config, out, *inputs, overwrite=overwrite), stage.say)
 
     def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -77,7 +75,10 @@ def _stage_function(about: str, stage: StageSpec, makers: Mapping[type, str]) ->
     required = inspect.Parameter.empty
     parameters = [
         inspect.Parameter(
-            "config", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_bare(stage.config), default=stage.config()
+            "config",
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            annotation=_bare(offered.config),
+            default=offered.config(),
         )
     ]
     told = []
@@ -88,9 +89,9 @@ def _stage_function(about: str, stage: StageSpec, makers: Mapping[type, str]) ->
             parameters.append(
                 keyword(option, FilePath | None, None) if one.optional else keyword(option, FilePath, required)
             )
-        note = f"; {stage.notes[one.name]}" if one.name in stage.notes else ""
+        note = f"; {one.note}" if one.note else ""
         told.append(f"{option}: Folder{'s' if one.several else ''} made by `fd2fast {makers[one.type]}`{note}.")
-    parameters += [keyword("out", FilePath, stage.out or required), keyword("overwrite", bool, False)]
+    parameters += [keyword("out", FilePath, offered.out or required), keyword("overwrite", bool, False)]
     told += [
         "out: Folder of the result.",
         "overwrite: Make it anew when the folder holds a result with other settings.",
@@ -98,7 +99,7 @@ def _stage_function(about: str, stage: StageSpec, makers: Mapping[type, str]) ->
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     arguments = "\n".join(f"    {line}" for line in told)
-    function.__doc__ = "\n\n".join([about, *stage.examples, f"Args:\n{arguments}"])
+    function.__doc__ = "\n\n".join([about, *offered.examples, f"Args:\n{arguments}"])
     return function
 
 
@@ -133,7 +134,6 @@ def run(arguments: Sequence[str]) -> None:
     default = preset(name or "typefaces")
     if ADDED:
         from fd2fast.graph import with_settings
-        from fd2fast.stages import spec
 
         default = with_settings(default, {added: spec(added) for added in ADDED})
     if file is not None:

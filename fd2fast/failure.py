@@ -29,6 +29,7 @@ _PACKAGES = (
     "pillow",
     "matplotlib",
     "tyro",
+    "pydantic",
 )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fd2fast.artifacts import Artifact
+from fd2fast.commands import Command, Input
 from fd2fast.config import RunConfig
 from fd2fast.data.outline import Outline
 from fd2fast.entries import Entry
@@ -39,16 +40,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Input:
-    """A parameter of a stage: the type of artifact, whether several, whether it may be left out."""
-
-    name: str
-    type: type[Artifact]
-    several: bool = False
-    optional: bool = False
-
-
-@dataclass(frozen=True)
 class StageSpec:
     """A stage: its function and what a run, its checks and the command line need to know.
 
@@ -56,7 +47,7 @@ class StageSpec:
     jobs(run's settings, entries): the artifacts that a run makes. faults(settings): what is wrong with them by themselves.
     run_all([(config, out, *inputs), ...], overwrite=False): all jobs of a run at once, in place of `run`.
     shared: the stage itself uses all processes of a torchrun job. say: lines about a result, for people.
-    about, examples, notes (by input), options (names of inputs where they are not the parameter's), out: for the command's help.
+    offered: the stage as a command, where it says more than its parameters; those of fd2fast stand in fd2fast.commands.
     """
 
     run: Callable[..., Any]
@@ -65,10 +56,7 @@ class StageSpec:
     run_all: Callable[..., list[Any]] | None = None
     shared: bool = False
     say: Callable[[Any], str] | None = None
-    examples: Sequence[str] = ()
-    notes: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, str] = field(default_factory=dict)
-    out: Path | None = None
+    offered: Command | None = None
 
     @property
     def hints(self) -> dict[str, Any]:
@@ -90,6 +78,10 @@ class StageSpec:
         hints = self.hints
         named = [p for p in inspect.signature(self.run).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][2:]
         return [_input(p.name, hints[p.name]) for p in named]
+
+    def command(self) -> Command:
+        """What the command line can offer of it."""
+        return self.offered or Command(self.config, self.inputs, self.output)
 
     def settings(self, run: RunConfig) -> Any:
         """Of this stage, in those of a run; the defaults where these hold none of their class."""

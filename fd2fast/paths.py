@@ -99,8 +99,6 @@ def expanded(config: Any, name: str = "") -> Any:
 
 
 def _path_or_word(value: Any, words: tuple[str, ...], where: str) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(_path_or_word(one, words, where) for one in value)
     if value in words:
         return value
     found = expand(value, where)

@@ -9,14 +9,14 @@ from typing import Any
 
 from fd2fast import artifacts, space
 from fd2fast.artifacts import Artifact, Dataset, Images, Metrics, TeacherArtifact
-from fd2fast.config import RunConfig
+from fd2fast.config import RunConfig, wrong_settings
 from fd2fast.data.outline import Outline, outline_of, outline_on_disk
 from fd2fast.entries import Entry, folder_name, parse_entry
 from fd2fast.errors import UserError, refuse
 from fd2fast.graph import Planned, plan_jobs
 from fd2fast.lock import by_itself, own
 from fd2fast.models.backbone import canonical_name
-from fd2fast.ranges import out_of_range, repeated
+from fd2fast.ranges import damage, repeated
 from fd2fast.space import Space
 from fd2fast.stages import report, specs
 from fd2fast.streams import say
@@ -153,13 +153,7 @@ def describe_plan(config: RunConfig, plan: Plan, *, overwrite: bool = False) -> 
 
 
 def _own_faults(config: RunConfig) -> list[str]:
-    bounds = (
-        ("methods", lambda v: len(v) >= 1, "at least one method"),
-        ("teachers", lambda v: len(v) >= 1, "at least one backbone"),
-        ("students", lambda v: len(v) >= 1, "at least one backbone"),
-        ("ipc", lambda v: len(v) >= 1 and min(v) >= 1, "one or several numbers of images per class, each 1 or more"),
-    )
-    found = out_of_range(config, "run", bounds)
+    found = wrong_settings(config, "run")
     if found:
         return found
     for what, names in (("teachers", config.teachers), ("students", config.students)):
@@ -313,6 +307,14 @@ def _index(planned: Sequence[Planned], out: Path) -> dict[str, Any]:
     }
 
 
+@dataclass
+class _Index:
+    dataset: str
+    teachers: tuple[str, ...]
+    images: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+
 def report_of(out: Path | str) -> str:
     """Draw the report of a finished run from its manifests; returns the table as text."""
     out = Path(out)
@@ -320,12 +322,8 @@ def report_of(out: Path | str) -> str:
         raise UserError(f"{out} holds no finished run (run.json is missing): run the same fd2fast run again")
     again = "run the same fd2fast run again"
     index = artifacts.read_json(out / "run.json", "a run's index", again)
-    named: Any = index if isinstance(index, dict) else {}
-    folders = [named.get("dataset")]
-    for name in ("teachers", "images", "metrics"):
-        folders += named[name] if isinstance(named.get(name), list) else [None]
-    if not all(isinstance(folder, str) for folder in folders):
-        raise UserError(f"{out / 'run.json'} is damaged: it does not list the run's folders; {again}")
+    if fault := damage(_Index, index):
+        raise UserError(f"{out / 'run.json'} is damaged, it does not list the run's folders: {fault}; {again}")
     return report.run(
         out / "report",
         dataset=Dataset.load(out / index["dataset"]),

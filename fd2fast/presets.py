@@ -6,7 +6,6 @@ import dataclasses
 import re
 import stat
 import tomllib
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from fd2fast.config import (
     RunConfig,
 )
 from fd2fast.errors import UserError, nearest
-from fd2fast.paths import expand
+from fd2fast.ranges import fill
 
 _TEACHERS = ("ResNet18", "MobileNetV2", "ResNet50", "DenseNet121")
 
@@ -159,7 +158,7 @@ def from_toml(path: Path, default: Any) -> Any:
         if path.suffix.lower() in (".json", ".yaml", ".yml", ".ini", ".py"):
             told += f"; {path.suffix} files are not read, write the settings as TOML"
         raise UserError(f"{path} is not TOML: {told}") from error
-    return merge(default, values, where=str(path))
+    return fill(default, values, str(path))
 
 
 def _text(path: Path) -> str:
@@ -194,60 +193,3 @@ def _text(path: Path) -> str:
             f"{path} is not TOML: it holds zero bytes (UTF-16 without its mark, or no text); save it as UTF-8"
         )
     return text
-
-
-def merge(config: Any, values: dict[str, Any], where: str) -> Any:
-    """A copy of a settings object with nested `values` put in."""
-    types = typing.get_type_hints(type(config))
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in types:
-            raise UserError(f"{where}: unknown setting {_shown(key)}: {_place(config, key) or nearest(key, types)}")
-        current = getattr(config, key)
-        if dataclasses.is_dataclass(current):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: {key} is a table of settings, got {_shown(value)}")
-            changes[key] = merge(current, value, f"{where}: {key}")
-        else:
-            changes[key] = _convert(value, types[key], f"{where}: {key}")
-    return dataclasses.replace(config, **changes)
-
-
-def _place(config: Any, key: str) -> str:
-    """In which tables a setting belongs that stands outside of them; empty if in none."""
-    nested = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    tables = [
-        f"[{name}]"
-        for name, part in nested.items()
-        if dataclasses.is_dataclass(part) and key.replace("-", "_") in {f.name for f in dataclasses.fields(part)}
-    ]
-    return f"it is a setting of {', '.join(tables)}: write it below that line" if tables else ""
-
-
-def _convert(value: Any, wanted: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin is typing.Literal:
-        if value in arguments:
-            return value
-    elif origin is tuple and isinstance(value, list | tuple):
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_convert(v, arguments[0], where) for v in value)
-        if len(arguments) == len(value):
-            return tuple(_convert(v, t, where) for v, t in zip(value, arguments, strict=True))
-    elif origin is not None and type(None) in arguments:
-        if value is None:
-            return None
-        return _convert(value, next(t for t in arguments if t is not type(None)), where)
-    elif wanted is Path and isinstance(value, str):
-        return expand(value, where)
-    elif wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(wanted, type) and type(value) is wanted:
-        return value
-    name = getattr(wanted, "__name__", None) if origin is None else str(wanted).replace("typing.", "")
-    raise UserError(f"{where} must be {name}, got {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

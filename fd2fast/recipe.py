@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from fd2fast.config import DistillConfig
 
@@ -67,14 +67,7 @@ class Recipe:
 
 
 # Fields in which None is a meaning.
-MAY_STAY_OPEN = (
-    "alpha",
-    "teachers_per_image",
-    "ls_threshold",
-    "segments_per_step",
-    "save_every",
-    "memory_limit",
-)
+MAY_STAY_OPEN = tuple(name for name, hint in get_type_hints(Recipe).items() if type(None) in get_args(hint))
 
 
 def recipe_of(config: DistillConfig) -> Recipe:

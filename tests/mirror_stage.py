@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fd2fast.artifacts import Images, open_stage
-from fd2fast.config import RunConfig
+from fd2fast.config import RunConfig, wrong_settings
 from fd2fast.data.pixels import read_image, save_image
 from fd2fast.entries import Entry, folder_name, methods_of
 from fd2fast.graph import Job, StageSpec
-from fd2fast.ranges import out_of_range
+from fd2fast.ranges import NotNegative
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class MirrorConfig:
     """How often images are turned."""
 
     # Turns; an even number passes the images on.
-    turns: int = 0
+    turns: NotNegative = 0
 
 
 def run(config: MirrorConfig, out: Path | str, images: Images, *, overwrite: bool = False) -> Images:
@@ -31,7 +31,7 @@ def run(config: MirrorConfig, out: Path | str, images: Images, *, overwrite: boo
 
 
 def faults(config: MirrorConfig) -> list[str]:
-    return out_of_range(config, "mirror", [("turns", lambda v: v >= 0, "0 or more")])
+    return wrong_settings(config, "mirror")
 
 
 def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:

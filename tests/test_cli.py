@@ -1,5 +1,6 @@
 """The command line: help that teaches, errors without tracebacks, settings that reach the stages."""
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -7,10 +8,11 @@ import sys
 
 import pytest
 
-from fd2fast import cli
+from fd2fast import cli, commands
 from fd2fast.errors import UserError
 from fd2fast.methods import BASELINES, METHODS, Selection, register_method
 from fd2fast.progress import show_notes
+from fd2fast.stages import spec
 
 
 def test_usage_names_every_command(capsys):
@@ -28,6 +30,25 @@ def test_every_command_explains_itself(command, capsys):
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert f"usage: fd2fast {command}" in capsys.readouterr().out
+
+
+def test_help_loads_neither_torch_nor_what_checks_settings():
+    code = (
+        "import contextlib, sys\nfrom fd2fast import cli\n"
+        f"for name in {[name for name in cli.COMMANDS if name != 'bench']}:\n"
+        "    with contextlib.suppress(SystemExit):\n        cli.main([name, '--help'])\n"
+        "sys.exit(str({'torch', 'pydantic'} & sys.modules.keys() or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_a_command_offers_what_its_stage_declares(name):
+    offered, declared = commands.COMMANDS[name], spec(name).command()
+    assert (offered.config, offered.output) == (declared.config, declared.output)
+    inputs = [dataclasses.replace(one, option="", note="") for one in offered.inputs]
+    assert inputs == list(declared.inputs)
 
 
 def test_run_help_teaches_presets_and_stage_options(capsys):
@@ -68,7 +89,10 @@ def test_help_lists_every_method(command, capsys):
         (["run", "--config=none.toml"], "none.toml is missing"),
         (["run", "--methods", "sre2l"], "unknown method 'sre2l': did you mean 'sre2l++'?"),
         (["run", "--methods", "random:firm"], "labels are hard or soft, not 'firm'"),
-        (["run", "--ipc", "0"], "ipc must be one or several numbers of images per class, each 1 or more, got (0,)"),
+        (
+            ["run", "--ipc", "0"],
+            "run.ipc must be a list of at least one number of images per class, each at least 1, got (0,)",
+        ),
         (["pretrain", "--dataset", "nowhere", "--out", "x"], "nowhere does not exist; wanted the folder of a dataset"),
     ],
 )

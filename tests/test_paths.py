@@ -129,7 +129,7 @@ def test_every_path_of_a_file_is_expanded(tmp_path):
     assert config.data == DataConfig(root=home / "birds", fonts=Path("/scratch/me/fonts"))
     assert config.pretrain.weights == str(home / "w.pth")
     file.write_text('[data]\nroot = "$MISSPELT/birds"\n')
-    with pytest.raises(UserError, match="data: root.*the variable MISSPELT is not set"):
+    with pytest.raises(UserError, match=r"\[data\] root .*the variable MISSPELT is not set"):
         from_toml(file, RunConfig())
 
 

@@ -211,7 +211,7 @@ def test_a_stage_is_added_by_one_line(mirrored, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["run", "--config", str(tmp_path / "tiny.toml"), "--out", str(out)]
     assert cli.main([*command, "--dry-run", "--mirror.turns", "-1"]) == 2
-    assert "mirror.turns must be 0 or more, got -1" in capsys.readouterr().err
+    assert "mirror.turns must be a whole number of at least 0, got -1" in capsys.readouterr().err
     assert cli.main([*command, "--dry-run"]) == 0
     titles = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert [title.split()[0] for title in titles] == [

@@ -64,22 +64,83 @@ def test_toml_overrides_nested_values(tmp_path):
     assert config.pretrain == RunConfig().pretrain
 
 
+SIDE = "a whole number of pixels within [8, 32767]"
+SHARE = "a number within [0, 1]"
+COUNTS = "a list of at least one, each a whole number of at least 1"
+PER_CLASS = "a list of at least one number of images per class, each at least 1"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[data]\nsise = 3\n", r"unknown setting 'sise': did you mean 'size'\?"),
-        ('[data]\nsize = "big"\n', r"data: size must be int, got 'big'"),
-        ('[data]\nbad_images = "ignore"\n', "bad_images must be"),
-        ("data = 3\n", "data is a table of settings"),
-        ("[distill]\nlam = true\n", "lam must be float, got True"),
-        ("= 3", "is not TOML"),
+        ('[data]\nsize = "big"', f"[data] size must be {SIDE}, got 'big'"),
+        ("[data]\nsize = 64.0", f"[data] size must be {SIDE}, got 64.0"),
+        ("[data]\nsize = true", f"[data] size must be {SIDE}, got True"),
+        ("[data]\nsize = [64]", f"[data] size must be {SIDE}, got [64]"),
+        ("[data]\nsize = 4", f"[data] size must be {SIDE}, got 4"),
+        ('[data]\nbad_images = "ignore"', "[data] bad_images must be error or skip, got 'ignore'"),
+        ("data = 3", "data must be a table, got 3"),
+        ("[[data]]\nsize = 1", "data must be a table, got [{'size': 1}]"),
+        ("[distill]\nlam = true", f"[distill] lam must be {SHARE}, got True"),
+        ('[distill]\nlam = "0.5"', f"[distill] lam must be {SHARE}, got '0.5'"),
+        ("[distill]\nlam = nan", f"[distill] lam must be {SHARE}, got nan"),
+        ("[distill]\nlam = 7", f"[distill] lam must be {SHARE}, got 7"),
+        ("[pretrain]\nlr = inf", "[pretrain] lr must be a finite number above 0, got inf"),
+        (
+            "[pretrain]\nepochs = 9999999999",
+            "[pretrain] epochs must be a whole number up to 2147483647, got 9999999999",
+        ),
+        ("[pretrain]\nattention_views = 1", "[pretrain] attention_views must be true or false, got 1"),
+        ("[pretrain]\nweights = 3", "[pretrain] weights must be a file or hub, got 3"),
+        ("ipc = 3", f"ipc must be {PER_CLASS}, got 3"),
+        ("ipc = [1, 2.5]", f"ipc must be {PER_CLASS}, got [1, 2.5]"),
+        ('ipc = ["1"]', f"ipc must be {PER_CLASS}, got ['1']"),
+        ("ipc = []", f"ipc must be {PER_CLASS}, got []"),
+        ("teachers = 'ResNet18'", "teachers must be a list of at least one name, got 'ResNet18'"),
+        ("teachers = [3]", "teachers must be a list of at least one name, got [3]"),
+        ("out = 2024-01-01", "out must be a path, got datetime.date(2024, 1, 1)"),
+        ("out = 3", "out must be a path, got 3"),
+        ('out = ""', "out must be a path, got '' (a variable that is not set?)"),
+        (
+            '[data]\nroot = "s3://b"',
+            "[data] root 's3://b' is a URL; wanted a path on this machine: fetch or mount it first",
+        ),
+        ("[data]\nmean = [0.5, 0.5]", f"[data] mean must be 3 values, each {SHARE}, got [0.5, 0.5]"),
+        ("[data]\nmean = 0.5", f"[data] mean must be 3 values, each {SHARE}, got 0.5"),
+        ("[patches]\nfactor = 3", "[patches] factor must be 1 or 2, got 3"),
+        ('[patches]\nfactor = "2"', "[patches] factor must be 1 or 2, got '2'"),
+        ("[distill]\niterations = 300", f"[distill] iterations must be {COUNTS}, got 300"),
+        ("[distill]\niterations = [0]", f"[distill] iterations must be {COUNTS}, got [0]"),
+        (
+            '[distill]\ninit = "patch"',
+            "[distill] init must be patches, real or noise, got 'patch': did you mean 'patches'?",
+        ),
+        ('[distill]\nmethod = ""', "[distill] method must be a name, got ''"),
+        (
+            "[evaluate]\nseeds = [1, 1]",
+            "[evaluate] seeds must be a list of at least one seed, all different, got [1, 1]",
+        ),
+        ("[evaluate]\nseeds = 1", "[evaluate] seeds must be a list of at least one seed, all different, got 1"),
+        ("lam = 0.5", "lam is unknown: it is a setting of [distill]: write it below that line"),
     ],
 )
-def test_wrong_toml_names_the_key(tmp_path, text, message):
+def test_wrong_toml_names_the_setting_what_was_wanted_and_what_came(tmp_path, text, message):
     file = tmp_path / "a.toml"
     file.write_text(text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as caught:
         from_toml(file, RunConfig())
+    assert str(caught.value) == f"{file}: {message}"
+
+
+def test_all_that_is_wrong_in_a_file_is_said_at_once(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text('[data]\nsize = "big"\nsise = 1\n[distill]\nlam = 7\nbetas = [1, "x"]\n')
+    with pytest.raises(UserError, match="^4 things are wrong, nothing was begun:") as caught:
+        from_toml(file, RunConfig())
+    lines = str(caught.value).splitlines()[1:]
+    assert all(line.startswith(f"  {file}: [") for line in lines)
+    for part in ("[data] size must", "[data] sise is unknown: did you mean 'size'", "[distill] lam", "got [1, 'x']"):
+        assert sum(part in line for line in lines) == 1
 
 
 def test_missing_toml_is_named(tmp_path):
@@ -118,16 +179,17 @@ def test_what_editors_save_is_read(tmp_path, content):
         (b"[data]\nsize = 1\n[data]\nsize = 2\n", "line 3"),
         (b"ipc = " + b"9" * 5000, "is not TOML"),
         (b"ipc = " + b"[" * 100_000, "nested too deeply|is not TOML"),
+        (b"[" + b".".join([b"a"] * 900) + b"]\nx = 1\n", r"a is unknown: did you mean"),
         (b"\x00\x01", "is not TOML"),
         (b"x" * ((1 << 20) + 1), "more than"),
-        (b"[destill]\nlr = 1\n", r"unknown setting 'destill': did you mean 'distill'\?"),
+        (b"[destill]\nlr = 1\n", r"destill is unknown: did you mean 'distill'\?"),
         (b"[datasets]\nsize = 1\n", r"did you mean 'data'\?"),
-        (b"lam = 0.5\n", r"unknown setting 'lam': it is a setting of \[distill\]"),
+        (b"lam = 0.5\n", r"lam is unknown: it is a setting of \[distill\]"),
         (b"lr = 0.5\n", r"a setting of \[pretrain\], \[distill\], \[evaluate\]"),
         (b"[pretrain]\neval-every = 2\n", r"did you mean 'eval_every'\?"),
         (b"ipc = 3\n", "ipc must be"),
         (b"teachers = 'ResNet18'\n", "teachers must be"),
-        (b"[[data]]\nsize = 1\n", "data is a table of settings"),
+        (b"[[data]]\nsize = 1\n", r"data must be a table, got \[{"),
         (b"out = 2024-01-01\n", "out must be"),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_good_run_has_no_faults_and_leaves_nothing(tmp_path):
     ("changes", "told"),
     [
         # settings by themselves
-        ({"evaluate__test_batch": 0}, ["evaluate.test_batch must be 1 or more"]),
+        ({"evaluate__test_batch": 0}, ["evaluate.test_batch must be a whole number of at least 1, got 0"]),
         (
             {"relabel__min_crop": 0.0, "distill__lr": -1.0, "patches__crops": 0},
             ["patches.", "distill.lr", "relabel.min_crop"],
@@ -80,12 +80,15 @@ def test_a_good_run_has_no_faults_and_leaves_nothing(tmp_path):
         ),
         ({"methods": ("sre2l", "hreding", "rded:sharp")}, ["'sre2l++'", "'herding'", "labels are hard or soft"]),
         ({"methods": ("rded", "rded:soft")}, ["methods name rded twice"]),
-        ({"methods": ()}, ["run.methods must be at least one method"]),
+        ({"methods": ()}, ["run.methods must be a list of at least one name, got ()"]),
         ({"teachers": ("ResNet18", "resnet18")}, ["teachers name ResNet18 twice"]),
         ({"students": (TINY, TINY)}, ["students name"]),
         ({"students": ("timm:a/b", "timm:a-b")}, ["would share the folder"]),
         ({"ipc": (2, 2)}, ["ipc names 2 twice"]),
-        ({"evaluate__seeds": (1, 1)}, ["evaluate.seeds must be all different"]),
+        (
+            {"evaluate__seeds": (1, 1)},
+            ["evaluate.seeds must be a list of at least one seed, all different, got (1, 1)"],
+        ),
         ({"evaluate__device": "cuda:41", "relabel__device": "tpu"}, ["relabel.device", "evaluate.device"]),
         # with the data set
         ({"teachers": (TINY, "MobilNetV2"), "methods": ("fadrm+",)}, ["did you mean 'MobileNetV2'"]),

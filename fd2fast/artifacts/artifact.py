@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, overload
@@ -14,6 +13,7 @@ from fd2fast.artifacts.files import read_json
 from fd2fast.artifacts.folder import MANIFEST, STATE
 from fd2fast.artifacts.identity import identity_digest
 from fd2fast.errors import UserError
+from fd2fast.ranges import damage
 from fd2fast.sources import file_digest, known_digest
 
 SCHEMA = 1
@@ -221,29 +221,37 @@ def kind_name(kind: type[Artifact] | str) -> str:
     return kind if isinstance(kind, str) else kind.KIND
 
 
+@dataclasses.dataclass
+class _Measured:
+    seconds: float
+
+
+@dataclasses.dataclass
+class _Manifest:
+    """What readers of a manifest rely on; there may be more."""
+
+    kind: str
+    id: str
+    config: dict[str, Any]
+    parents: dict[str, dict[str, str]]
+    files: dict[str, str]
+    classes: tuple[str, ...]
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    facts: dict[str, Any]
+    measured: _Measured
+
+
 def _manifest_fault(manifest: dict[str, Any]) -> str:
     """What its readers would stumble over; empty for a sound manifest."""
-    kinds: dict[str, type] = {
-        "kind": str, "id": str, "config": dict, "parents": dict, "files": dict, "classes": list,
-        "size": int, "mean": list, "std": list, "facts": dict, "measured": dict,
-    }  # fmt: skip
-    for name, kind in kinds.items():
-        if type(manifest.get(name)) is not kind:
-            return f"{name} is {'missing' if name not in manifest else f'a {type(manifest[name]).__name__}'}"
-    if not all(isinstance(name, str) for name in manifest["classes"]):
-        return "classes are not all names"
-    for name in ("mean", "std"):
-        if not all(type(value) in (int, float) and math.isfinite(value) for value in manifest[name]):
-            return f"{name} is not all finite numbers"
+    if damaged := damage(_Manifest, manifest):
+        return damaged
     for name in manifest["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             return f"files leads out of the folder ({name!r})"
-    if not all(
-        isinstance(parent, dict) and isinstance(parent.get("id"), str) for parent in manifest["parents"].values()
-    ):
+    if not all("id" in parent for parent in manifest["parents"].values()):
         return "parents have no ids"
-    if type(manifest["measured"].get("seconds")) not in (int, float):
-        return "measured has no seconds"
     if manifest["id"] != identity_digest(manifest):
         return "its id is not that of what it says, so it was changed after it was made"
     return ""

@@ -25,7 +25,7 @@ from fd2fast.artifacts import (
     write_npy,
     writing,
 )
-from fd2fast.config import DATASETS, DataConfig
+from fd2fast.config import DATASETS, DataConfig, wrong_settings
 from fd2fast.data import typefaces
 from fd2fast.data.content import look_at
 from fd2fast.data.layouts import LEVELS, SHOWN, STATISTICS, Listing, missing_images, read_layout
@@ -36,7 +36,6 @@ from fd2fast.errors import UserError, nearest, refuse
 from fd2fast.lock import released_at_end
 from fd2fast.pictures import picture
 from fd2fast.progress import Progress
-from fd2fast.ranges import Bound, out_of_range
 from fd2fast.space import Space
 from fd2fast.streams import plain
 
@@ -44,7 +43,6 @@ _CHUNK = 256
 _DONE = 1  # bit 0 of a row's status; _MARKS follow from bit 1
 _MARKS = (*CONVERSIONS, ORIENTED)
 _SPLITS = ("train", "test")
-_LARGEST = 2**15 - 1  # pixels: crops are kept as 16-bit numbers
 
 log = logging.getLogger("fd2fast")
 
@@ -98,21 +96,7 @@ def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> 
 
 def faults(config: DataConfig) -> list[str]:
     """What is wrong with the settings by themselves, one line each."""
-
-    def three(low: float) -> Callable[[Any], bool]:
-        return lambda values: all(low <= value <= 1 for value in values)
-
-    wanted = "three numbers in [{}, 1] (of images in [0, 1])"
-    bounds: list[Bound] = [
-        ("size", lambda v: v >= 8, "at least 8 pixels"),
-        ("size", lambda v: v <= _LARGEST, f"at most {_LARGEST} pixels"),
-        ("mean", three(0), wanted.format(0)),
-        ("std", three(1e-6), wanted.format("1e-06")),
-    ]
-    if config.dataset == "typefaces":
-        bounds += [(name, lambda v: v >= 1, "at least 1") for name in ("train_per_class", "test_per_class")]
-        bounds.append(("classes", lambda v: v >= 2, "at least 2"))
-    found = out_of_range(config, "data", bounds)
+    found = wrong_settings(config, "data")
     if config.dataset not in DATASETS:
         found.append(f"unknown data set {config.dataset!r}: {nearest(str(config.dataset), DATASETS)}")
     elif config.level in LEVELS and config.level != "variant" and config.dataset != "aircraft":

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fd2fast import ops
 from fd2fast.artifacts import Labels
+from fd2fast.config import wrong_settings
 from fd2fast.data.pixels import normalise
 from fd2fast.errors import UserError, refuse
-from fd2fast.ranges import Bound, out_of_range
+from fd2fast.ranges import AnySeed, Area, Positive, Share
 from fd2fast.seeding import numpy_generator
 
 # Bounds of width / height of a crop, and how often a crop that leaves the image is drawn anew (torchvision's rule).
@@ -30,26 +31,18 @@ USUAL_BATCH = 20
 class ViewSettings:
     """How views are drawn; the fields of RelabelConfig with the same names."""
 
-    min_crop: float = 0.08
-    flip: float = 0.5
+    min_crop: Area = 0.08
+    flip: Share = 0.5
     mix: Literal["cutmix", "none"] = "cutmix"
-    mix_alpha: float = 1.0
-    seed: int = 42
+    mix_alpha: Positive = 1.0
+    seed: AnySeed = 42
 
     @classmethod
     def of(cls, config: object) -> ViewSettings:
         """Take the settings from a stage's config; UserError for values out of range."""
         settings = cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
-        refuse(out_of_range(settings, "views", VIEW_BOUNDS))
+        refuse(wrong_settings(settings, "views"))
         return settings
-
-
-VIEW_BOUNDS: tuple[Bound, ...] = (
-    ("min_crop", lambda v: 0 < v <= 1, "in (0, 1]"),
-    ("flip", lambda v: 0 <= v <= 1, "in [0, 1]"),
-    ("mix_alpha", lambda v: v > 0, "above 0"),
-    ("batch_size", lambda v: v >= 2, "at least 2"),
-)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd2fast.config import DistillConfig, replace
+from fd2fast.config import DistillConfig, replace, wrong_settings
 from fd2fast.errors import UserError, nearest, refuse
 from fd2fast.methods.registry import BASELINES, METHODS, known_names, method_of
-from fd2fast.ranges import Bound, out_of_range
 from fd2fast.recipe import Recipe, recipe_of
 
 # Where the paper and the published code differ; each difference is a field of its own.
@@ -115,7 +114,7 @@ def check_teachers(recipe: DistillConfig | Recipe, teachers: int) -> None:
 
 def faults(config: DistillConfig) -> list[str]:
     """What is wrong with the settings by themselves, one line each; None passes: the preset is in range."""
-    found = out_of_range(config, "distill", _BOUNDS)
+    found = wrong_settings(config, "distill")
     for known, value, what in (
         (known_names(), config.method, "method"),
         (list(SEMANTICS), config.semantics, "semantics"),
@@ -123,32 +122,6 @@ def faults(config: DistillConfig) -> list[str]:
         if isinstance(value, str) and value.strip() and value not in known:
             found.append(f"distill: unknown {what} {value!r}: {nearest(value, known)}")
     return found
-
-
-_BOUNDS: tuple[Bound, ...] = (
-    ("ipc", lambda v: v >= 1, "at least 1 image per class"),
-    ("segment_size", lambda v: v >= 1, "at least 1 class"),
-    ("segments_per_step", lambda v: v >= 1, "at least 1"),
-    ("iterations", lambda v: v and all(i >= 1 for i in v), "at least one phase, each of 1 or more"),
-    ("sizes", lambda v: v and all(s >= 8 for s in v), "at least one side, each of 8 pixels or more"),
-    ("residual", lambda v: 0 <= v <= 1, "within [0, 1]"),
-    ("lr", lambda v: v > 0, "a positive number"),
-    ("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers within [0, 1)"),
-    ("adam_eps", lambda v: v > 0, "a positive number"),
-    ("r_bn", lambda v: v >= 0, "0 or more"),
-    ("first_bn_multiplier", lambda v: v >= 0, "0 or more"),
-    ("teachers_per_image", lambda v: v >= 1, "at least 1"),
-    ("min_crop", lambda v: 0 < v <= 1, "within (0, 1]"),
-    ("jitter", lambda v: v >= 0, "0 or more pixels"),
-    ("alpha", lambda v: 0 <= v <= 1, "within [0, 1]"),
-    ("lam", lambda v: 0 <= v <= 1, "within [0, 1]"),
-    ("beta", lambda v: 0 <= v <= 1, "within [0, 1]"),
-    ("group_size", lambda v: v >= 1, "at least 1 image (N_S)"),
-    ("eps", lambda v: v > 0, "a positive number"),
-    ("save_every", lambda v: v >= 1, "at least 1 iteration"),
-    ("memory_limit", lambda v: v > 0, "a positive number of GB"),
-    ("seed", lambda v: v >= 0, "0 or more"),
-)
 
 
 def _check_shapes(recipe: Recipe, classes: int, size: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from fd2fast.config import RunConfig
 from fd2fast.data import prepare
@@ -15,14 +14,4 @@ def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:
     yield Job("data set", "dataset", run.data, space=prepare.space)
 
 
-SPEC = StageSpec(
-    prepare.prepare,
-    _jobs,
-    prepare.faults,
-    say=prepare.describe,
-    examples=(
-        "fd2fast datasets --dataset typefaces --classes 50 --size 96 --out runs/faces/dataset",
-        "fd2fast datasets --dataset cub --root ~/CUB_200_2011 --size 224 --out runs/cub/dataset",
-    ),
-    out=Path("runs/dataset"),
-)
+SPEC = StageSpec(prepare.prepare, _jobs, prepare.faults, say=prepare.describe)

@@ -468,16 +468,4 @@ def _job(config: DistillConfig, teachers: Sequence[str]) -> Job:
     )
 
 
-SPEC = StageSpec(
-    run,
-    _jobs,
-    faults,
-    shared=True,
-    examples=(
-        "{methods}",
-        "fd2fast distill --dataset D --teachers T --patches P --method sre2l++_fd2 --ipc 5 --out runs/cub/images/sre2l++_fd2",
-        "On several GPUs (or machines that share the folder), with the same bytes as on one:",
-        "torchrun --nproc-per-node 8 -m fd2fast distill --dataset D --teachers T --patches P --ipc 5 --out I",
-    ),
-    notes={"teachers": "in round-robin order", "patches": "for methods that start from patches, and rded"},
-)
+SPEC = StageSpec(run, _jobs, faults, shared=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 from fd2fast import student, threads
 from fd2fast.artifacts import Dataset, Images, Labels, Metrics, MetricsFacts, made, open_stage, read_json, write_json
-from fd2fast.config import EvaluateConfig, RunConfig, replace
+from fd2fast.config import EvaluateConfig, RunConfig, replace, wrong_settings
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.store import load_split
-from fd2fast.data.views import VIEW_BOUNDS, batch_offsets
+from fd2fast.data.views import batch_offsets
 from fd2fast.device import device_faults, pick_device, settle_precision
 from fd2fast.entries import Entry, folder_name, short_name
 from fd2fast.errors import UserError, refuse
@@ -26,7 +26,6 @@ from fd2fast.models.probe import probe
 from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.pool import Task, side_by_side
 from fd2fast.progress import Progress
-from fd2fast.ranges import out_of_range
 from fd2fast.space import Space
 from fd2fast.streams import plain
 
@@ -196,21 +195,7 @@ def faults(
 
     stored: epochs of the label store, and batch_size its setting, where there is one.
     """
-    bounds = (
-        ("seeds", lambda v: len(v) >= 1, "at least one seed"),
-        ("seeds", lambda v: len(set(v)) == len(v), "all different"),
-        ("ipc", lambda v: v >= 1, "1 or more"),
-        ("epochs", lambda v: v >= 1, "1 or more"),
-        ("temperature", lambda v: v > 0, "a positive number"),
-        ("lr", lambda v: v > 0, "a positive number"),
-        ("weight_decay", lambda v: v >= 0, "0 or more"),
-        ("eta", lambda v: v > 0, "a positive number"),
-        ("accumulation", lambda v: v >= 1, "1 or more"),
-        ("eval_every", lambda v: v >= 1, "1 or more"),
-        ("test_batch", lambda v: v >= 1, "1 or more"),
-        *VIEW_BOUNDS,
-    )
-    found = out_of_range(config, "evaluate", bounds) + device_faults("evaluate", config.device)
+    found = wrong_settings(config, "evaluate") + device_faults("evaluate", config.device)
     if found:
         return found
     if stored is not None and config.epochs is not None and config.epochs > stored:
@@ -297,9 +282,4 @@ SPEC = StageSpec(
     _jobs,
     faults,
     run_all=lambda calls, overwrite: run_all([Row(*call) for call in calls], overwrite=overwrite),
-    examples=(
-        "fd2fast evaluate --dataset D --images I --soft-labels L --model ResNet18 --seeds 0 1 2 --out runs/cub/metrics/ResNet18",
-    ),
-    notes={"labels": "not needed with --labels hard"},
-    options={"labels": "soft_labels"},
 )

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fd2fast import ops, seeding
 from fd2fast.artifacts import Dataset, Patches, PatchesFacts, Stage, TeacherArtifact, open_stage, sync_folder
-from fd2fast.config import PatchesConfig, RunConfig, replace
+from fd2fast.config import PatchesConfig, RunConfig, replace, wrong_settings
 from fd2fast.data.augment import crop_boxes
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import grid, normalise, read_image, save_image
@@ -25,7 +25,6 @@ from fd2fast.lock import released_at_end
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.pictures import picture
 from fd2fast.progress import Progress
-from fd2fast.ranges import out_of_range
 from fd2fast.space import Space
 
 _STATE = "classes.pt"
@@ -84,24 +83,13 @@ def run(
 
 def faults(config: PatchesConfig, data: Outline | None = None) -> list[str]:
     """What is wrong with the settings, by themselves and for this data set; one line each."""
-    cells = config.factor**2 if config.factor in (1, 2) else 1
-    found = out_of_range(
-        config,
-        "patches",
-        (
-            ("per_class", lambda v: v >= 1, "at least 1"),
-            ("crops", lambda v: v >= 1, "at least 1"),
-            ("pool", lambda v: v >= 1, "at least 1"),
-            ("pool", lambda v: v >= cells, f"at least factor^2 = {cells}"),
-            ("min_crop", lambda v: 0 < v <= 1, "in (0, 1]"),
-        ),
-    ) + device_faults("patches", config.device)
+    found = wrong_settings(config, "patches") + device_faults("patches", config.device)
     if found or data is None:
         return found
     if data.size % config.factor:
         found.append(f"patches: images of side {data.size} cannot be cut into {config.factor} x {config.factor} cells")
     pool = f" and pool {config.pool}" if config.pool else ""
-    return found + data.short(max(cells, config.pool or 1), f"patches with factor {config.factor}{pool}")
+    return found + data.short(max(config.factor**2, config.pool or 1), f"patches with factor {config.factor}{pool}")
 
 
 def settled(config: PatchesConfig) -> PatchesConfig:
@@ -206,11 +194,4 @@ def _job(config: PatchesConfig, teacher: str) -> Job:
     )
 
 
-SPEC = StageSpec(
-    run,
-    _jobs,
-    faults,
-    examples=(
-        "fd2fast patches --dataset runs/cub/dataset --teacher runs/cub/teachers/ResNet18 --factor 2 --out runs/cub/patches/2",
-    ),
-)
+SPEC = StageSpec(run, _jobs, faults)

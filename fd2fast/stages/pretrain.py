@@ -26,7 +26,7 @@ from fd2fast.artifacts import (
     resumable,
     write_json,
 )
-from fd2fast.config import PretrainConfig, RunConfig, replace
+from fd2fast.config import PretrainConfig, RunConfig, replace, wrong_settings
 from fd2fast.data.augment import crop_resize, pretrain_views
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import normalise
@@ -46,7 +46,6 @@ from fd2fast.models.teacher import Teacher
 from fd2fast.models.training import accelerate
 from fd2fast.pictures import figure, picture, plotting, png
 from fd2fast.progress import Progress
-from fd2fast.ranges import Bound, out_of_range
 from fd2fast.sources import HUB, Source, of_file
 from fd2fast.space import Space
 from fd2fast.streams import plain
@@ -188,7 +187,7 @@ def faults(config: PretrainConfig, data: Outline | None = None, *, hub: bool = F
 
     hub: fetch weights by name, too (they are kept, and training finds them).
     """
-    found = out_of_range(config, "pretrain", _bounds(config)) + device_faults("pretrain", config.device)
+    found = wrong_settings(config, "pretrain") + device_faults("pretrain", config.device)
     if found or data is None:
         return found
     rows = min(config.batch_size, sum(data.train))
@@ -213,32 +212,6 @@ def space(config: PretrainConfig, data: Outline) -> Space:
     """Bytes on disk: the teacher, at most beside two saves of it with its optimiser and its best epoch."""
     size = probe(config.model, len(data.classes), data.size).size
     return Space(size, size * (1 + 2 * (4 if config.optimizer != "sgd" else 3)))
-
-
-def _bounds(config: PretrainConfig) -> list[Bound]:
-    # a wrong number of epochs has its own fault
-    epochs = config.epochs if isinstance(config.epochs, int) and config.epochs >= 1 else math.inf
-    return [
-        ("epochs", lambda v: v >= 1, "at least 1"),
-        ("batch_size", lambda v: v >= 1, "at least 1"),
-        ("eval_every", lambda v: v >= 1, "at least 1"),
-        ("backbone_epochs", lambda v: 0 <= v < epochs, "at least 0 and below epochs"),
-        ("attention_maps", lambda v: v >= 1, "at least 1"),
-        ("alpha", lambda v: 0 <= v <= 1, "in [0, 1]"),
-        ("mu", lambda v: 0 < v <= 1, "in (0, 1]"),
-        ("center_weight", lambda v: v >= 0, "0 or more"),
-        ("lr", lambda v: v > 0, "positive"),
-        ("rate", lambda v: v > 0, "positive"),
-        ("duration", lambda v: v > 0, "positive"),
-        ("warmup", lambda v: 0 <= v <= epochs, "between 0 and epochs"),
-        ("momentum", lambda v: 0 <= v < 1, "in [0, 1)"),
-        ("weight_decay", lambda v: v >= 0, "0 or more"),
-        ("label_smoothing", lambda v: 0 <= v < 1, "in [0, 1)"),
-        ("flip", lambda v: 0 <= v <= 1, "in [0, 1]"),
-        ("rotation", lambda v: 0 <= v <= 180, "in [0, 180]"),
-        ("min_crop", lambda v: 0 < v <= 1, "in (0, 1]"),
-        ("color_jitter", lambda v: all(one >= 0 for one in v) and v[3] <= 0.5, "0 or more, hue <= 0.5"),
-    ]
 
 
 @functools.lru_cache(maxsize=64)
@@ -578,11 +551,4 @@ def _job(config: PretrainConfig) -> Job:
     )
 
 
-SPEC = StageSpec(
-    run,
-    _jobs,
-    faults,
-    examples=(
-        "fd2fast pretrain --dataset runs/cub/dataset --model ResNet18 --weights resnet18.pth --out runs/cub/teachers/ResNet18",
-    ),
-)
+SPEC = StageSpec(run, _jobs, faults)

@@ -28,12 +28,11 @@ from fd2fast.artifacts import (
     write_npy,
     writing,
 )
-from fd2fast.config import RelabelConfig, RunConfig, replace
+from fd2fast.config import RelabelConfig, RunConfig, replace, wrong_settings
 from fd2fast.data.distilled import load_images
 from fd2fast.data.outline import Outline
 from fd2fast.data.views import (
     PER_EPOCH,
-    VIEW_BOUNDS,
     Source,
     Views,
     ViewSettings,
@@ -54,7 +53,6 @@ from fd2fast.models.probe import probe
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.models.training import accelerate
 from fd2fast.progress import Progress
-from fd2fast.ranges import out_of_range
 from fd2fast.space import Space
 
 # Seconds between saves of unfinished work.
@@ -146,12 +144,7 @@ def faults(
 
     models: the teachers' backbones.
     """
-    bounds = (
-        ("ipc", lambda v: v >= 1, "at least 1"),
-        ("epochs", lambda v: v >= 1, "at least 1"),
-        *VIEW_BOUNDS,
-    )
-    found = out_of_range(config, "relabel", bounds) + device_faults("relabel", config.device)
+    found = wrong_settings(config, "relabel") + device_faults("relabel", config.device)
     if found or data is None or (count := config.ipc or ipc) is None:
         return found
     if ipc is not None and count > ipc:
@@ -373,12 +366,4 @@ def _job(config: RelabelConfig, entry: Entry, ipc: int, teachers: Sequence[str])
     )
 
 
-SPEC = StageSpec(
-    run,
-    _jobs,
-    faults,
-    examples=(
-        "fd2fast relabel --images runs/cub/images/sre2l++_fd2 --teachers runs/cub/teachers/ResNet18 --epochs 400 --out L",
-    ),
-    notes={"teachers": "their logits are averaged"},
-)
+SPEC = StageSpec(run, _jobs, faults)

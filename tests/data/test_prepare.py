@@ -280,14 +280,14 @@ def test_no_space_left_is_said_before_anything_is_written(tmp_path: Path, config
 def test_settings_are_checked_first(tmp_path: Path, config: DataConfig) -> None:
     cases = {
         "unknown data set 'imagenete': did you mean 'imagenette'": replace(config, dataset="imagenete"),
-        "size must be at least 8 pixels, got 0": replace(config, size=0),
-        r"mean must be three numbers in \[0, 1\]": replace(config, mean=(123.0, 117.0, 104.0)),
-        "std must be three numbers": replace(config, std=(0.0, 0.2, 0.2)),
+        r"size must be a whole number of pixels within \[8, 32767\], got 0": replace(config, size=0),
+        r"mean must be 3 values, each a number within \[0, 1\], got \(123": replace(config, mean=(123.0, 117.0, 104.0)),
+        r"std must be 3 values, each a number within \[1e-06, 1\], got": replace(config, std=(0.0, 0.2, 0.2)),
         "bad_images must be": replace(config, bad_images="ignore"),
         "does not exist": replace(config, root=tmp_path / "nowhere"),
         "take no root": DataConfig(root=tmp_path),
-        "classes must be at least 2, got 1": DataConfig(classes=1),
-        "test_per_class must be at least 1, got 0": DataConfig(test_per_class=0),
+        "classes must be a whole number of at least 2, got 1": DataConfig(classes=1),
+        "test_per_class must be a whole number of at least 1, got 0": DataConfig(test_per_class=0),
     }
     for message, wrong in cases.items():
         with pytest.raises(UserError, match=message):

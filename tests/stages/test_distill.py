@@ -390,7 +390,7 @@ def test_what_does_not_fit_is_refused(room: types.SimpleNamespace, tmp_path: Pat
     refused("holds a teacher artifact; wanted patches", patches=room.teacher)
     refused("holds 3 initial images of each class, IPC 4 needs 4", ipc=4)
     refused("was made from another data set", patches=make_patches(tmp_path / "p", other_data))
-    refused("ipc must be at least 1", ipc=0)
+    refused("ipc must be a whole number of images per class, at least 1", ipc=0)
     refused("segment_size must be at most the 5 classes", segment_size=6)
     refused("device 'gpu' is unknown", device="gpu")
     no_accuracy = make_teacher(tmp_path / "t4", room.dataset, accuracy=float("nan"))

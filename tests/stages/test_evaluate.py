@@ -345,9 +345,9 @@ def test_a_failing_student_is_named_and_finished_ones_are_kept(made, tmp_path, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": ()}, "seeds must be at least one seed"),
-        ({"seeds": (1, 1)}, "seeds must be all different"),
-        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
+        ({"seeds": ()}, r"seeds must be a list of at least one seed, all different, got \(\)"),
+        ({"seeds": (1, 1)}, "seeds must be a list of at least one seed, all different"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
         ({"epochs": 9}, "holds labels of 3 epochs, but 9 were asked for"),
         ({"ipc": 1}, "labels 2 images per class, but 1 were asked for"),
         ({"model": "ResNet19"}, "ResNet19"),

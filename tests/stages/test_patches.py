@@ -132,9 +132,9 @@ def test_other_seeds_give_other_crops(tmp_path, inputs):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"per_class": 0}, "per_class must be at least 1, got 0"),
-        ({"crops": 0}, "crops must be at least 1"),
-        ({"min_crop": 0.0}, r"min_crop must be in \(0, 1\]"),
+        ({"per_class": 0}, r"per_class must be a whole number of images per class, at least 1, got 0"),
+        ({"crops": 0}, "crops must be a whole number of at least 1, got 0"),
+        ({"min_crop": 0.0}, r"min_crop must be a number within \(0, 1\], got 0.0"),
         ({"factor": 3}, "factor must be 1 or 2, got 3"),
         ({"pool": 2}, r"pool must be at least factor\^2 = 4, got 2"),
         ({"pool": 10}, r"class 0 \(9\)"),

@@ -254,7 +254,7 @@ def test_settings_and_parents_that_cannot_work_are_refused(room, tmp_path: Path)
         run(CONFIG, images=room.dataset)
     with pytest.raises(UserError, match="wanted a teacher artifact"):
         run(CONFIG, teachers=(room.images,))
-    with pytest.raises(UserError, match="epochs must be at least 1, got 0"):
+    with pytest.raises(UserError, match="epochs must be a whole number of at least 1, got 0"):
         run(replace(CONFIG, epochs=0))
     with pytest.raises(UserError, match="1 to 3, .*; got 4"):
         run(replace(CONFIG, ipc=4))
