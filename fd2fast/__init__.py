@@ -6,16 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fd2fast.api import (
+        Listing,
+        Split,
+        dataset_from_arrays,
         datasets,
         distill,
         evaluate,
         fuse,
         patches,
         pretrain,
+        register_dataset,
         register_method,
         register_stage,
         relabel,
         run,
+        tensors,
     )
 
 try:
@@ -25,16 +30,21 @@ except PackageNotFoundError:  # a checkout on the path without an installation
 
 __all__ = [
     "__version__",
+    "Listing",
+    "Split",
+    "dataset_from_arrays",
     "datasets",
     "distill",
     "evaluate",
     "fuse",
     "patches",
     "pretrain",
+    "register_dataset",
     "register_method",
     "register_stage",
     "relabel",
     "run",
+    "tensors",
 ]
 
 

@@ -1,16 +1,23 @@
-"""The way in from Python: every stage as a function of settings and artifacts, and a user's own network fused."""
+"""The way in from Python: every stage as a function, data in memory in and out, and a user's own network fused."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor, from_numpy
 
 from fd2fast import config as settings_of
 from fd2fast import pipeline, stages
-from fd2fast.artifacts import Artifact, Dataset, Images, Labels, Metrics, Patches, TeacherArtifact
-from fd2fast.errors import nearest
+from fd2fast.artifacts import Artifact, Dataset, Images, Labels, Metrics, Patches, TeacherArtifact, load
+from fd2fast.data.arrays import from_arrays as dataset_from_arrays
+from fd2fast.data.distilled import load_images
+from fd2fast.data.layouts import Listing, Split, register_dataset
+from fd2fast.data.pixels import normalise
+from fd2fast.data.store import load_split
+from fd2fast.errors import UserError, nearest
 from fd2fast.methods import register_method
 from fd2fast.models.network import FusedNetwork, fuse
 from fd2fast.paths import expand, expanded
@@ -21,16 +28,21 @@ A = TypeVar("A", bound=Artifact)
 
 __all__ = [
     "FusedNetwork",
+    "Listing",
+    "Split",
+    "dataset_from_arrays",
     "datasets",
     "distill",
     "evaluate",
     "fuse",
     "patches",
     "pretrain",
+    "register_dataset",
     "register_method",
     "register_stage",
     "relabel",
     "run",
+    "tensors",
 ]
 
 
@@ -106,6 +118,34 @@ def evaluate(
 def run(*, overwrite: bool = False, **settings: Any) -> Path:
     """The whole way, from the data set to the report; its folder. settings: fields of RunConfig."""
     return pipeline.run(_filled(settings_of.RunConfig, settings), overwrite=overwrite)
+
+
+def tensors(
+    result: Dataset | Images | Folder,
+    split: Literal["train", "test"] = "train",
+    *,
+    ipc: int | None = None,
+    normalised: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The images and labels of a data set, or of distilled images, in memory.
+
+    split: of a data set; distilled images have none. ipc: of distilled images, the ids 0 .. ipc-1 of each class, None: all.
+    Images are uint8 [N, 3, S, S], or float32 with the result's mean subtracted and divided by its std where `normalised`; labels
+    int64 [N], indices into `result.classes`. Distilled images come class by class. Raises UserError for another kind of result,
+    more images than there are, or files that contradict the manifest.
+    """
+    loaded = result if isinstance(result, Artifact) else load(Path(result))
+    if loaded.kind == Images.KIND:
+        if split != "train":
+            raise UserError(f"{loaded.path} holds distilled images, which have no {split} split")
+        pixels, labels = (from_numpy(array) for array in load_images(Images.of(loaded), ipc))
+    else:
+        if ipc is not None:
+            raise UserError(f"{loaded.path} holds a {loaded.kind} artifact; ipc is a number of distilled images")
+        images = load_split(Dataset.of(loaded), split)
+        rows = range(len(images))
+        pixels, labels = images.pixels(rows), images.targets(rows)
+    return normalise(pixels, loaded.mean, loaded.std) if normalised else pixels, labels
 
 
 def _stage(name: str, settings: dict[str, Any], out: Folder, inputs: list[Any], overwrite: bool) -> Any:

@@ -21,9 +21,9 @@ SHOWN = 3
 SETTLED = 2_000_000_000
 _CHUNK = 1024
 
-# Places that are no paths: weights fetched by name, and the typefaces that come with matplotlib.
-HUB, MATPLOTLIB = "hub", "matplotlib"
-_NAMES = (HUB, MATPLOTLIB)
+# Places that are no paths: weights fetched by name, the typefaces that come with matplotlib, and arrays in memory.
+HUB, MATPLOTLIB, MEMORY = "hub", "matplotlib", "memory"
+_NAMES = (HUB, MATPLOTLIB, MEMORY)
 
 # size (bytes), time of the content's and of the entry's last change (ns), inode
 Stamp = tuple[int, int, int, int]

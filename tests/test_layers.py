@@ -18,7 +18,7 @@ BASE = {"errors", "config", "fd2fast"}
 ALLOWED: dict[str, set[str]] = {
     # its names are those of api, which it imports when they are asked for
     "fd2fast": set(),
-    "api": BASE | {"artifacts", "methods", "models", "paths", "pipeline", "stages"},
+    "api": BASE | {"artifacts", "data", "methods", "models", "paths", "pipeline", "stages"},
     "errors": set(),
     "limits": set(),
     "causes": {"errors", "limits"},

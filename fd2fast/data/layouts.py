@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fd2fast.config import DATASETS
 from fd2fast.data import hints
 from fd2fast.data.walk import Found, LeftOut, class_folders, is_junk, trouble, walk
 from fd2fast.errors import UserError, nearest
@@ -103,8 +104,48 @@ class Listing:
         return lines
 
 
+def register_dataset(name: str, layout: Callable[[Path], Listing]) -> None:
+    """Make a layout on disk known by its name, everywhere a data set's name is taken in this process.
+
+    layout: takes the folder that the user names as the root and lists what lies there; it raises UserError for what is missing
+    or wrong, and is called more than once. Images are decoded and resized as those of any other layout.
+    Raises ValueError for a name that is taken or unusable, TypeError for a layout that cannot be called.
+    """
+    if not isinstance(name, str) or not name or name != name.strip() or set(name) & set(":, /\\"):
+        raise ValueError(f"a data set's name must be one word without ':' and ',' and '/', got {name!r}")
+    if name in known_datasets():
+        raise ValueError(f"there is a data set {name!r} already")
+    if not callable(layout):
+        raise TypeError(f"the layout of {name!r} must be a function of a folder, got a {type(layout).__name__}")
+    _registered[name] = layout
+
+
+def known_datasets() -> tuple[str, ...]:
+    """Names of all data sets, the registered ones last."""
+    return (*DATASETS, *_registered)
+
+
+def _own_listing(dataset: str, root: Path) -> Listing:
+    """What a registered layout lists; UserError where it contradicts itself."""
+    listing = _registered[dataset](root)
+    wrong = f"the registered layout {dataset!r} of {root}"
+    if not isinstance(listing, Listing):
+        raise UserError(f"{wrong} must return a Listing, got a {type(listing).__name__}")
+    if not all(isinstance(name, str) for name in listing.classes) or len({*listing.classes}) != len(listing.classes):
+        raise UserError(f"{wrong} must list class names that are different strings, got {listing.classes[:SHOWN]!r}")
+    for split, own in (("training", listing.train), ("test", listing.test)):
+        if len(own.files) != len(own.labels):
+            raise UserError(f"{wrong} lists {len(own.files)} {split} images with {len(own.labels)} labels")
+        for file, label in zip(own.files, own.labels, strict=True):
+            if not isinstance(file, Path):
+                raise UserError(f"{wrong} must list images as paths, got {file!r}")
+            if not isinstance(label, int | np.integer) or not 0 <= label < len(listing.classes):
+                raise UserError(f"{wrong}: the label of {file} must be in [0, {len(listing.classes)}), got {label!r}")
+    return listing
+
+
 def read_layout(dataset: str, root: Path | str | None, *, level: str = "variant") -> Listing:
-    """List a data set (cub, aircraft, cars, imagenette, imagewoof, folder) below `root`, its own folder or the parent.
+    """List a data set (cub, aircraft, cars, imagenette, imagewoof, folder or a registered one) in `root` or its parent.
 
     level: aircraft's labels, one of LEVELS. Only annotation files and folder names are read, no image. Raises UserError naming
     what is missing or wrong: a folder, an annotation file, a line of one, a label out of range, a class without images, splits
@@ -115,7 +156,10 @@ def read_layout(dataset: str, root: Path | str | None, *, level: str = "variant"
     root = Path(root).expanduser()
     try:
         _must_be_folder(root, dataset)
-        listing = _aircraft(root, level) if dataset == "aircraft" else _READERS[dataset](root)
+        if dataset in _registered:
+            listing = _own_listing(dataset, root)
+        else:
+            listing = _aircraft(root, level) if dataset == "aircraft" else _READERS[dataset](root)
     except OSError as error:
         raise UserError(trouble(str(error.filename or root), error)) from error
     for name, split in (("training", listing.train), ("test", listing.test)):
@@ -557,3 +601,5 @@ _READERS: dict[str, Callable[[Path], Listing]] = {
     "imagewoof": _wordnet("imagewoof", WOOF),
     "folder": _folder,
 }
+# Layouts that users registered.
+_registered: dict[str, Callable[[Path], Listing]] = {}

@@ -25,10 +25,10 @@ from fd2fast.artifacts import (
     write_npy,
     writing,
 )
-from fd2fast.config import DATASETS, DataConfig, wrong_settings
+from fd2fast.config import DataConfig, wrong_settings
 from fd2fast.data import typefaces
 from fd2fast.data.content import look_at
-from fd2fast.data.layouts import LEVELS, SHOWN, STATISTICS, Listing, missing_images, read_layout
+from fd2fast.data.layouts import LEVELS, SHOWN, STATISTICS, Listing, known_datasets, missing_images, read_layout
 from fd2fast.data.outline import Outline
 from fd2fast.data.pixels import CONVERSIONS, ORIENTED, decode, grid, resized
 from fd2fast.data.walk import LeftOut
@@ -43,6 +43,8 @@ _CHUNK = 256
 _DONE = 1  # bit 0 of a row's status; _MARKS follow from bit 1
 _MARKS = (*CONVERSIONS, ORIENTED)
 _SPLITS = ("train", "test")
+SMALLEST = 8  # pixels
+LARGEST = 2**15 - 1  # pixels: crops are kept as 16-bit numbers
 
 log = logging.getLogger("fd2fast")
 
@@ -97,15 +99,15 @@ def prepare(config: DataConfig, out: Path | str, *, overwrite: bool = False) -> 
 def faults(config: DataConfig) -> list[str]:
     """What is wrong with the settings by themselves, one line each."""
     found = wrong_settings(config, "data")
-    if config.dataset not in DATASETS:
-        found.append(f"unknown data set {config.dataset!r}: {nearest(str(config.dataset), DATASETS)}")
+    if config.dataset not in known_datasets():
+        found.append(f"unknown data set {config.dataset!r}: {nearest(str(config.dataset), known_datasets())}")
     elif config.level in LEVELS and config.level != "variant" and config.dataset != "aircraft":
         found.append(f"level {config.level!r} is one of the data set aircraft; {config.dataset} has no levels")
     if config.dataset == "typefaces" and config.root is not None:
         found.append(
             f"typefaces are rendered and take no root ({config.root}); another folder of faces goes into fonts"
         )
-    if config.dataset in DATASETS and config.dataset != "typefaces" and config.root is None:
+    if config.dataset in known_datasets() and config.dataset != "typefaces" and config.root is None:
         found.append(f"data set {config.dataset!r} needs a root: the folder that holds it in its official layout")
     return found
 
@@ -282,7 +284,7 @@ def _finish(
         for split, name in (("train", "readable training"), ("test", "readable test")):
             missing_images(listing.classes, labels[split], name, listing.root)
     mean, std, source = _statistics(config, rows.images["train"], kept["train"])
-    samples = _preview_rows(labels["train"], len(listing.classes))
+    samples = preview_rows(labels["train"], len(listing.classes))
     shown = rows.images["train"][np.flatnonzero(kept["train"])[samples.reshape(-1)]]
     names = [listing.classes[k] for k in labels["train"][samples[:, 0]]]
     scale = max(1, 64 // config.size)
@@ -349,8 +351,8 @@ def measure(images: np.ndarray, keep: np.ndarray | None = None) -> tuple[tuple[f
     return tuple(mean), tuple(std)
 
 
-def _preview_rows(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Row numbers [R, C] of up to ten classes, spread evenly, and up to eight first images of each."""
+def preview_rows(labels: np.ndarray, classes: int) -> np.ndarray:
+    """For a preview: row numbers [R, C] of up to ten classes, spread evenly, and up to eight first images of each."""
     chosen = np.unique(np.linspace(0, classes - 1, min(classes, 10)).round().astype(int))
     groups = [np.flatnonzero(labels == k) for k in chosen]
     columns = min(8, max(len(g) for g in groups))

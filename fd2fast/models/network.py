@@ -51,15 +51,27 @@ def fuse(model: nn.Module, *, size: int, dtype: torch.dtype | None = None) -> Fu
 
     dtype: float64, float32, bfloat16 or float16, the type of the maps; None: that of the weights. Weights are copied: later
     changes of the module do not show. The twin is checked against the module on two random images. Raises ValueError for a
-    module in train mode or one whose twin disagrees, UserError for one without BatchNorm2d or without running statistics.
+    module in train mode, one that does not take such images, or one whose twin disagrees; TypeError for what is no module;
+    UserError for one without BatchNorm2d or without running statistics. What has no fused counterpart (`fallbacks`) is kept.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the network must be an nn.Module, got a {type(model).__name__}")
     training = [name or type(model).__name__ for name, part in model.named_modules() if part.training]
     if training:
         raise ValueError(f"the network must be in eval mode, but {training[0]} is in train mode")
-    weight = next(model.parameters())
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if weight is None:
+        raise ValueError(f"the network must have weights, {type(model).__name__} has none")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size must be a number of pixels, got {size!r}")
     probe = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(weight)
-    with torch.no_grad():
-        logits = model(probe)
+    try:
+        with torch.no_grad():
+            logits = model(probe)
+    except Exception as error:  # a model's own code may raise anything
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise ValueError(f"{type(model).__name__} does not take images [2, 3, {size}, {size}]: {reason}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ValueError(
             f"the network must give logits [N, classes], got {getattr(logits, 'shape', type(logits).__name__)}"
