@@ -34,8 +34,9 @@ from fd2fast.ranges import (
     misfits,
 )
 
-# Crops are kept as 16-bit numbers.
-Side = Annotated[int, Interval(ge=8, le=2**15 - 1), "a whole number of pixels within [8, 32767]"]
+# Pixels. Crops are kept as 16-bit numbers.
+SMALLEST_SIDE, LARGEST_SIDE = 8, 2**15 - 1
+Side = Annotated[int, Interval(ge=SMALLEST_SIDE, le=LARGEST_SIDE), "a whole number of pixels within [8, 32767]"]
 _Pixels = Annotated[NotNegative, "a whole number of pixels, at least 0"]
 # Of pixels in [0, 1].
 _Deviation = Annotated[float, Interval(ge=1e-6, le=1), "a number within [1e-06, 1]"]

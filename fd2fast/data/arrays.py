@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from fd2fast.artifacts import Dataset, DatasetFacts, digest, open_stage, write_npy
+from fd2fast.config import LARGEST_SIDE, SMALLEST_SIDE
 from fd2fast.data.pixels import CONVERSIONS, grid, resized
-from fd2fast.data.prepare import LARGEST, SMALLEST, measure, preview_rows
+from fd2fast.data.prepare import measure, preview_rows
 from fd2fast.errors import UserError
 from fd2fast.lock import released_at_end
 from fd2fast.pictures import picture
@@ -126,8 +127,10 @@ def _checked(images: Array, labels: Labels, what: str) -> Split:
         raise UserError(f"{what} images are none: got {list(pixels.shape)}")
     if pixels.shape[1] != 3:
         pixels = pixels.transpose(0, 3, 1, 2)
-    if min(pixels.shape[2:]) < SMALLEST:
-        raise UserError(f"{what} images must be at least {SMALLEST} pixels high and wide, got {list(pixels.shape[2:])}")
+    if min(pixels.shape[2:]) < SMALLEST_SIDE:
+        raise UserError(
+            f"{what} images must be at least {SMALLEST_SIDE} pixels high and wide, got {list(pixels.shape[2:])}"
+        )
     if np.issubdtype(pixels.dtype, np.floating):
         low, high = float(pixels.min()), float(pixels.max())
         if not (np.isfinite(low) and np.isfinite(high)):
@@ -201,8 +204,8 @@ def _side(size: int | None, *splits: np.ndarray) -> int:
             shown = " and ".join(f"{height} x {width}" for height, width in shapes)
             raise UserError(f"images must all be square and of one size, got {shown}: give the size to squash them to")
         size = int(shapes[0][0])
-    if isinstance(size, bool) or not isinstance(size, int) or not SMALLEST <= size <= LARGEST:
-        raise UserError(f"size must be {SMALLEST} to {LARGEST} pixels, got {size!r}")
+    if isinstance(size, bool) or not isinstance(size, int) or not SMALLEST_SIDE <= size <= LARGEST_SIDE:
+        raise UserError(f"size must be {SMALLEST_SIDE} to {LARGEST_SIDE} pixels, got {size!r}")
     return size
 
 

@@ -43,8 +43,6 @@ _CHUNK = 256
 _DONE = 1  # bit 0 of a row's status; _MARKS follow from bit 1
 _MARKS = (*CONVERSIONS, ORIENTED)
 _SPLITS = ("train", "test")
-SMALLEST = 8  # pixels
-LARGEST = 2**15 - 1  # pixels: crops are kept as 16-bit numbers
 
 log = logging.getLogger("fd2fast")
 
