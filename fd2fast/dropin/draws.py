@@ -83,6 +83,8 @@ class Voting:
         if self.rule == "random":
             drawn = uniform(len(models))
             return tuple(float(w) for w in drawn / drawn.sum())
+        if len(models) == 1:
+            return (1.0,)
         powers = np.exp(np.array([self.scores[i] for i in models], np.float64) / self.temperature)
         return tuple(float(w) for w in powers / powers.sum())
 

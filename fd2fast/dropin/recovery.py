@@ -62,7 +62,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Recovery:
-    """One call of a script, nothing left open."""
+    """One call of a script, nothing left open. Raises UserError for settings that cannot be right."""
 
     script: str
     target: Target
@@ -99,6 +99,9 @@ class Recovery:
     draws: Path | None
     dump_draws: Path | None
     weights_by_task: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     @property
     def ids(self) -> range:
@@ -156,7 +159,6 @@ def run(
     is killed goes on where it was when the same command is given again; after one that ended, everything is made anew.
     Raises UserError for whatever does not fit, before the first iteration where it can be known.
     """
-    _check(recovery)
     device, workers = pick_device(recovery.device), current()
     recovery = dataclasses.replace(recovery, precision=_precision(recovery, device))
     dtype = torch.float64 if recovery.precision == "fp64" else torch.float32
@@ -271,7 +273,7 @@ def _recipe(recovery: Recovery, seed: int) -> Recipe:
         method="fadrm+_fd2" if recovery.schedule == "round_robin" else "sre2l++_fd2",
         semantics="released",
         ipc=recovery.end_id,
-        segment_size=recovery.block,
+        segment_size=min(recovery.block, recovery.target.classes),
         segments_per_step=None,
         iterations=recovery.iterations,
         sizes=recovery.sizes,
