@@ -56,7 +56,8 @@ class Lines:
         say(f"initialisation method: {method}")
 
     def lines(self, block: Block, drawn: Drawn, iteration: int, losses: Mapping[str, float], seconds: float) -> None:
-        self.series.setdefault(block, []).append((iteration, dict(losses)))
+        if self._curves is not None:
+            self.series.setdefault(block, []).append((iteration, dict(losses)))
         self.report(block, drawn, iteration, losses)
         say(f"time for previous iterations: {seconds}")
 

@@ -24,7 +24,18 @@ from fd2fast import lock
 from fd2fast.artifacts import Dataset, read_json, read_torch, write_json, write_torch
 from fd2fast.data.pixels import bounds, normalise
 from fd2fast.device import pick_device, repeatable
-from fd2fast.dropin.draws import Block, CounterSource, Drawn, Draws, FileSource, ReferenceSource, Scene, Source, Voting
+from fd2fast.dropin.draws import (
+    Block,
+    CounterSource,
+    Drawn,
+    Draws,
+    FileSource,
+    ReferenceSource,
+    Scene,
+    Source,
+    Voting,
+    patch_of_id,
+)
 from fd2fast.dropin.pool import Loaded, Member
 from fd2fast.engine import Engine, Part
 from fd2fast.errors import UserError
@@ -39,7 +50,7 @@ from fd2fast.models.tune import tune
 from fd2fast.planner import Plan
 from fd2fast.recipe import Recipe
 from fd2fast.step import GroupedStep, map_dtype
-from fd2fast.workers import current
+from fd2fast.workers import Workers, current
 
 log = logging.getLogger("fd2fast")
 
@@ -166,26 +177,46 @@ def run(
     teachers = [one.teacher.to(device=device, dtype=dtype) for one in loaded]
     blocks, store = recovery.blocks(), Store(recovery)
     with lock.own(store.state):
-        seed = workers.told(lambda: store.begin(recovery))
-        scene = _scene(recovery)
-        draws = Draws(blocks, _source(recovery, scene, seed, [one.source for one in loaded], prepare))
-        if recovery.initial != "noise":
-            _check_patches(recovery, blocks, draws)
-        if recovery.dump_draws is not None and workers.rank == 0:
-            draws.write(recovery.dump_draws, scene.names)
-        recipe = _recipe(recovery, seed)
-        with repeatable(allow_tf32=recovery.precision == "tf32"):
-            fused = [fuse(teacher, map_dtype(recovery.precision, dtype)) for teacher in teachers]
-            rows = workers.told(lambda: store.rows(lambda: _rows(recipe, fused, device)))
-            plan = plan_of(blocks, recovery, rows)
-            choices = Choices()
-            for teacher in fused:
-                teacher.choose_by(choices)
-            choices.take(workers.told(lambda: store.convolutions(lambda: dict(tune(fused, rows, recipe.sizes).chosen))))
-            inputs = RecoveryInputs(recovery, recipe, plan, blocks, draws, teachers, store, device)
-            engine = RecoveryEngine(recovery, recipe, store, inputs, lambda: fused, workers, onlooker)
-            engine.run()
+        try:
+            engine = _prepared(recovery, blocks, store, loaded, teachers, prepare, onlooker, device, workers)
+            with repeatable(allow_tf32=recovery.precision == "tf32"):
+                engine.run()
+        except UserError:
+            if workers.rank == 0:
+                store.forget()
+            raise
     workers.first(store.end)
+
+
+def _prepared(
+    recovery: Recovery,
+    blocks: Sequence[Block],
+    store: Store,
+    loaded: Sequence[Loaded],
+    teachers: Sequence[Teacher],
+    prepare: Callable[[tuple[int, ...], bool, Sequence[str]], None],
+    onlooker: Onlooker,
+    device: torch.device,
+    workers: Workers,
+) -> RecoveryEngine:
+    """The engine with the tasks that are left; UserError for whatever does not fit."""
+    seed, scene = workers.told(lambda: store.begin(recovery)), _scene(recovery)
+    draws = Draws(blocks, _source(recovery, scene, seed, [one.source for one in loaded], prepare))
+    if recovery.initial != "noise":
+        _check_patches(recovery, scene, blocks, draws)
+    if recovery.dump_draws is not None and workers.rank == 0:
+        draws.write(recovery.dump_draws, scene.names)
+    recipe = _recipe(recovery, seed)
+    with repeatable(allow_tf32=recovery.precision == "tf32"):
+        fused = [fuse(teacher, map_dtype(recovery.precision, teacher.head.fc.weight.dtype)) for teacher in teachers]
+        rows = workers.told(lambda: store.rows(lambda: _rows(recipe, fused, device)))
+        choices = Choices()
+        for one in fused:
+            one.choose_by(choices)
+        choices.take(workers.told(lambda: store.convolutions(lambda: dict(tune(fused, rows, recipe.sizes).chosen))))
+    plan = plan_of(blocks, recovery, rows)
+    inputs = RecoveryInputs(recovery, recipe, plan, blocks, draws, teachers, store, device)
+    return RecoveryEngine(recovery, recipe, store, inputs, lambda: fused, workers, onlooker)
 
 
 def _check(recovery: Recovery) -> None:
@@ -250,17 +281,18 @@ def _source(
     return CounterSource(seed, scene)
 
 
-def _check_patches(recovery: Recovery, blocks: Sequence[Block], draws: Draws) -> None:
+def _check_patches(recovery: Recovery, scene: Scene, blocks: Sequence[Block], draws: Draws) -> None:
     """UserError for a patch that is missing, before any work."""
     assert recovery.patches is not None
-    by_chance = recovery.initial == "patch by chance" and recovery.draws is None
+    if recovery.draws is None and recovery.initial == "patch by chance":
+        for label in sorted({label for block in blocks for label in block.classes}):
+            scene.patches_of(label)
+        return
     for task, block in enumerate(blocks):
-        if by_chance:  # those that there are are drawn from; one id asks for each class once
-            if block.image_id in (recovery.first_id, recovery.end_id - 1):
-                for label in block.classes:
-                    _scene(recovery).patches_of(label)
-            continue
-        for name, label in zip(draws[task].patches or (), block.classes, strict=True):
+        names: Sequence[str] = [patch_of_id(label, block.image_id) for label in block.classes]
+        if recovery.draws is not None:
+            names = draws[task].patches or ()
+        for name, label in zip(names, block.classes, strict=True):
             if not (recovery.patches / name).is_file():
                 raise UserError(
                     f"{recovery.patches / name} is missing: class {label}, id {block.image_id} has no initial image"
@@ -448,6 +480,11 @@ class Store:
         path = self.state / name
         return read_torch(path) if path.is_file() else None
 
+    def forget(self) -> None:
+        """`end`, unless there is work to go on from."""
+        if not any((self.state / name).is_dir() for name in ("steps", "unfinished")):
+            self.end()
+
     def end(self) -> None:
         """Nothing is left to go on from."""
         shutil.rmtree(self.state, ignore_errors=True)
@@ -543,7 +580,7 @@ class RecoveryEngine(Engine):
         store: Store,
         inputs: RecoveryInputs,
         teachers: Callable[[], Sequence[FusedTeacher]],
-        workers: Any,
+        workers: Workers,
         onlooker: Onlooker,
     ):
         super().__init__(recipe, store, inputs, teachers, None, workers)

@@ -27,7 +27,7 @@ def refused(laid: Laid, capsys: pytest.CaptureFixture[str], arguments: list[str]
     assert module.main(laid.arguments if arguments is None else arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert not list(laid.folder.glob("syn/**/*.jpg"))
+    assert not [path for path in laid.folder.glob("syn/**/*") if path.is_file()]
     return lines[0]
 
 
