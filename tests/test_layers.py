@@ -104,6 +104,7 @@ ALLOWED: dict[str, set[str]] = {
         "memory",
         "methods",
         "models",
+        "ops",
         "pictures",
         "planner",
         "progress",
