@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fd2fast import threads
-from fd2fast.artifacts import Stage, read_json, write_json
+from fd2fast.artifacts import read_json, write_json
 from fd2fast.data.pixels import bounds, quantize, save_image
 from fd2fast.inputs import Inputs
 from fd2fast.memory import StepMemory, free_bytes, is_out_of_memory, too_small
@@ -41,6 +41,18 @@ class Part:
     state: dict[str, Any] | None = None  # what `_save` kept
 
 
+class Store(Protocol):
+    """Where what resuming needs lies: a Stage, or another keeper of a folder."""
+
+    state: Path
+
+    def checkpoint(self, name: str, value: Any) -> None:
+        """Save tensors and plain values."""
+
+    def restore(self, name: str) -> Any | None:
+        """What was saved, or None."""
+
+
 class Engine:
     """Runs what is unfinished of a plan. Made for one call of `run`.
 
@@ -51,7 +63,7 @@ class Engine:
     def __init__(
         self,
         recipe: Recipe,
-        stage: Stage,
+        stage: Store,
         inputs: Inputs,
         teachers: Callable[[], Sequence[FusedTeacher]],
         memory: StepMemory | None,
@@ -136,7 +148,7 @@ class Engine:
             return self._split(part, part.state)
         step, log, failure, self._shown = None, None, "", 0
         try:
-            step = self._begin(part)
+            step = self.begin(part)
             shape = (len(part.segments), len(step.columns))
             log = _Log(part.segments, self.every, torch.zeros(shape, dtype=self.inputs.dtype, device=self.device))
             if part.state is not None:
@@ -183,7 +195,8 @@ class Engine:
         self._shown = iteration
         self.bar.step((iteration - since) * len(part.segments), **losses)
 
-    def _begin(self, part: Part) -> GroupedStep:
+    def begin(self, part: Part) -> GroupedStep:
+        """The step of these segments at its first iteration."""
         ids = list(part.segments)
         low, high = bounds(self.inputs.dataset.mean, self.inputs.dataset.std, self.inputs.dtype)
         return GroupedStep(
@@ -198,6 +211,12 @@ class Engine:
             priors=self.inputs.priors(ids),
         )
 
+    def seen(self, part: Part, step: GroupedStep, losses: Tensor) -> None:
+        """Told of each iteration after it; losses [segments, columns] before its update, on the device. Does nothing."""
+
+    def written(self, part: Part) -> None:
+        """Told on the writer's thread when all images of the part are files. Does nothing."""
+
     def _iterate(self, part: Part, step: GroupedStep, log: _Log) -> None:
         saved = time.monotonic()
         watch = threads.Watch(torch.get_num_threads()) if self.device.type == "cpu" else None
@@ -205,7 +224,9 @@ class Engine:
             for table in self.inputs.tables(part.segments, step.iteration, step.phase_end, step.size):
                 step.load_table(table.params, table.rates, table.first)
                 for iteration in range(table.first, table.first + len(table.params)):
-                    means = log.add(step.iterate(), iteration, step.finished)
+                    losses = step.iterate()
+                    self.seen(part, step, losses)
+                    means = log.add(losses, iteration, step.finished)
                     self.done += 1
                     if means is not None:
                         named = {n: v for n, v in zip(step.columns, means, strict=True) if v or n == "total"}
@@ -238,6 +259,7 @@ class Engine:
                 save_image(path, image, self.inputs.extension)
             write_json(self._record(part), {"segments": list(part.segments), "lines": log.lines})
             (self.stage.state / self._state_file(part)).unlink(missing_ok=True)
+            self.written(part)
 
         self.writer.submit(write)
 

@@ -66,12 +66,13 @@ class Inputs:
         self.total = recipe.total_iterations
         self.extension = recipe.save_format
         self.draws, self.prior_draws = draws, prior_draws
-        self._check_draws()
+        self.check_draws()
         self.train: ImageSet | None = load_split(dataset, "train") if recipe.init == "real" else None
         if self.train is not None:
             self.train.require(1, "init 'real'")
 
-    def _check_draws(self) -> None:
+    def check_draws(self) -> None:
+        """UserError unless the draws that were given are those of the plan's iterations."""
         wanted = (self.total, len(COLUMNS))
         for segment in range(self.plan.n_segments) if self.draws is not None else ():
             shape = np.shape(self.draws[segment]) if segment in self.draws else None  # type: ignore[index,operator]
@@ -91,7 +92,11 @@ class Inputs:
         """The distilled image of each row of these segments."""
         for segment in segments:
             for label, image_id in self.cells(segment):
-                yield self.folder / Images.image_name(label, image_id, self.extension)
+                yield self.image_path(label, image_id)
+
+    def image_path(self, label: int, image_id: int) -> Path:
+        """Where a distilled image lies, once it is finished."""
+        return self.folder / Images.image_name(label, image_id, self.extension)
 
     def committee(self, image_id: int) -> list[int]:
         """The teachers of an image id, a function of (seed, image id) only, in the order given."""
@@ -203,9 +208,9 @@ class Inputs:
         for position, segment in enumerate(segments):
             ids = [int(self.plan.image_id[p]) for p in earlier[bounds[position] : bounds[position + 1]]]
             labels = self.classes_of(segment)
-            files += [self.folder / Images.image_name(k, i, self.extension) for k in labels for i in ids]
+            files += [self.image_path(k, i) for k in labels for i in ids]
             lengths += [len(ids)] * len(labels)
-            draws.append(self._view_draws(segment, labels, ids))
+            draws.append(self.view_draws(segment, labels, ids))
         images = normalise(self.read(files), self.dataset.mean, self.dataset.std, self.dtype).to(self.device)
         if self.recipe.prior_view == "augmented":
             one_each = list(range(len(files) + 1))
@@ -217,7 +222,7 @@ class Inputs:
                 for teacher in self.teachers
             ]
 
-    def _view_draws(self, segment: int, labels: range, ids: Sequence[int]) -> NDArray[np.int64]:
+    def view_draws(self, segment: int, labels: range, ids: Sequence[int]) -> NDArray[np.int64]:
         """One crop and flip (no roll) for each prior image of a segment, int [classes * ids, 7] (released)."""
         if self.recipe.prior_view != "augmented" or not ids:
             return np.zeros((0, len(COLUMNS)), np.int64)

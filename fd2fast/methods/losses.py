@@ -24,6 +24,7 @@ class Outputs(Protocol):
     """
 
     recipe: Recipe
+    index: int  # of the teacher
     images: Tensor  # [N, 3, H, W], augmented, normalised
     labels: Tensor  # int64 [N]
     logits: Tensor  # [N, K] of the backbone

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fd2fast.errors import UserError, nearest
 from fd2fast.methods import fd2
 from fd2fast.methods.losses import TERMS, Term
@@ -50,9 +52,9 @@ def losses_of(recipe: Recipe) -> tuple[Term, ...]:
     return (*method_of(recipe.method).losses, *fd2.terms_of(recipe))
 
 
-def columns_of(recipe: Recipe) -> tuple[str, ...]:
-    """Of the recorded losses: those that all methods have, then the method's further terms."""
-    names = dict.fromkeys(term.name for term in losses_of(recipe))
+def columns_of(recipe: Recipe, terms: Sequence[Term] | None = None) -> tuple[str, ...]:
+    """Of the recorded losses: those that all methods have, then the method's further terms; terms: other ones than its own."""
+    names = dict.fromkeys(term.name for term in (losses_of(recipe) if terms is None else terms))
     return (*TERMS, *(name for name in names if name not in TERMS))
 
 

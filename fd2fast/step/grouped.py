@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fd2fast.methods import Term
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher
 from fd2fast.ops.cpu import native
@@ -49,7 +50,9 @@ class GroupedStep:
         low: Tensor,
         high: Tensor,
         committees: Sequence[Sequence[int]] | None = None,
+        weights: Sequence[Mapping[int, float]] | None = None,
         priors: Sequence[Priors | None] | None = None,
+        terms: Sequence[Term] | None = None,
         graphs: bool | None = None,
         table: Table | None = None,
         captures: Captures | None = None,
@@ -58,8 +61,10 @@ class GroupedStep:
         """teachers: frozen, eval mode, on the device and in the type of `initial`; plain or already fused.
 
         initial: normalised [N, 3, S, S] at full size; labels: int [N]; offsets: row offsets [segments + 1]; low, high: [3];
-        committees[segment]: indices of its teachers in their order (None: all); priors[teacher]: its attention of the
-        finished images of the rows' classes and groups; graphs: replay iterations as CUDA graphs (None: on a GPU).
+        committees[segment]: indices of its teachers in their order (None: all); weights[segment]: of those where all of them
+        work in every iteration (None: by the recipe's rule); priors[teacher]: its attention of the finished images of the
+        rows' classes and groups; terms: of the loss (None: the method's); graphs: replay iterations as CUDA graphs (None: on
+        a GPU).
         table, captures, update: other parts than those for the device and precision.
         Raises ValueError for shapes, labels or teachers that do not fit, and for graphs without a GPU.
         """
@@ -82,9 +87,9 @@ class GroupedStep:
         dtype = torch.float64 if initial.dtype == torch.float64 else torch.float32
         accuracies = [teacher.accuracy for teacher in teachers]
         self.phases = Phases(recipe)
-        self.schedule = Schedule(recipe, accuracies, chosen, self.offsets, self.labels, prior_maps, dtype)
+        self.schedule = Schedule(recipe, accuracies, chosen, self.offsets, self.labels, prior_maps, dtype, weights)
         self._resized = ResizedPriors()
-        self.losses = Losses(recipe, fused, self._resized, dtype)
+        self.losses = Losses(recipe, fused, self._resized, dtype, terms)
         if update is None:
             update = make_update(recipe, low.to(initial), high.to(initial), self.offsets)
         self._iteration = Iteration(self.losses, update, self.offsets)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fd2fast import ops
-from fd2fast.methods import HEAD, columns_of, losses_of
+from fd2fast.methods import HEAD, Term, columns_of, losses_of
 from fd2fast.models.fused import FusedTeacher
 from fd2fast.recipe import Recipe
 from fd2fast.step.schedule import ResizedPriors, Task
@@ -35,6 +35,7 @@ class TeacherOutputs:
         dtype: torch.dtype,
     ):
         self.recipe, self.teacher, self.task, self.images = recipe, teacher, task, images
+        self.index = task.teacher
         self.labels, self.priors, self.dtype = task.part.labels, priors, dtype
         first, offsets = recipe.first_bn_multiplier, task.part.offsets
         if with_head:
@@ -69,14 +70,21 @@ class TeacherOutputs:
 class Losses:
     """The terms of a recipe's method, for tasks of its teachers."""
 
-    def __init__(self, recipe: Recipe, teachers: Sequence[FusedTeacher], priors: ResizedPriors, dtype: torch.dtype):
-        """dtype: of the losses, fp64 or fp32."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        teachers: Sequence[FusedTeacher],
+        priors: ResizedPriors,
+        dtype: torch.dtype,
+        terms: Sequence[Term] | None = None,
+    ):
+        """dtype: of the losses, fp64 or fp32; terms: other ones than the method's."""
         self.teachers, self.dtype = list(teachers), dtype
         self._recipe, self._priors = recipe, priors
         self._alphas = [_alpha(recipe, teacher) for teacher in teachers]
-        self._terms = losses_of(recipe)
+        self._terms = tuple(terms) if terms is not None else losses_of(recipe)
         self._with_head = any(term.reads & HEAD for term in self._terms)
-        self.columns = columns_of(recipe)
+        self.columns = columns_of(recipe, self._terms)
 
     def of(self, task: Task, view: Tensor) -> Tensor:
         """[segments of the task, columns] with its graph; column 0 is the weighted total (Eq. 12). view: the task's rows.

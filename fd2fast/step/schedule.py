@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,14 +77,16 @@ class Schedule:
         labels: Tensor,
         priors: Sequence[Priors | None],
         dtype: torch.dtype,
+        weights: Sequence[Mapping[int, float]] | None = None,
     ):
         """accuracies: of the teachers; labels: int64 [N] on the device; dtype: of the losses.
 
+        weights[segment]: of its teachers by their index, in place of those that the recipe's rule gives.
         Raises ValueError for committees of so many different lengths that the turns do not repeat soon.
         """
         self._recipe, self._committees, self._offsets = recipe, committees, tuple(offsets)
         self._labels, self._priors, self._dtype = labels, priors, dtype
-        self._weights = [
+        self._weights: list[dict[int, float]] = [dict(own) for own in weights or ()] or [
             dict(zip(c, committee_weights([accuracies[i] for i in c], recipe.teacher_weights), strict=True))
             for c in committees
         ]
