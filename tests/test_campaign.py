@@ -48,7 +48,7 @@ def layered(code: str, folder: Path, before: str) -> subprocess.CompletedProcess
     script = f"""
 import os, sys
 from pathlib import Path
-from tests.campaign import layer
+from tests.campaign import failing, layer
 root = Path({str(folder)!r})
 {before}
 {code}
@@ -76,7 +76,8 @@ def test_the_layer_sees_every_operation(tmp_path: Path) -> None:
 
 
 def test_the_layer_fails_where_it_is_told(tmp_path: Path) -> None:
-    done = layered(WRITES, tmp_path, f"layer.failing(root, 5, {errno.ENOSPC}, True)()")
+    choose = "lambda place, times, kinds: 'ENOSPC' if place.startswith('create') and times == 1 else None"
+    done = layered(WRITES, tmp_path, f"failing.Failing(root, {choose}, disk=True, memory=False).install()")
     assert f"OSError: [Errno {errno.ENOSPC}]" in done.stderr
     assert (tmp_path / "a" / "safe").is_file()
     assert not (tmp_path / "renamed").exists()
