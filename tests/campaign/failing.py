@@ -42,6 +42,10 @@ class Failing:
         if self.memory:
             self._watch_torch()
 
+    def met(self, place: str, times: int) -> bool:
+        """Whether the place was met more than so many times."""
+        return self._met[place] > times
+
     def _asked(self, operation: str, kinds: Collection[str]) -> bool:
         """Whether this operation is the one that fails."""
         if self._fault is not None:

@@ -34,6 +34,8 @@ ADDRESS_SPACE = (1, 64, 128, *range(140, 260, 8), 288, 320, 384, 512)  # MB
 SWEEPS = (("ENOSPC",), ("EIO",), failing.MEMORY, ("EDQUOT",), ("EROFS",))
 # Forks of one run, after which their states are looked at and kept in the results.
 AT_ONCE = 120
+# Places in other threads are met by forks of the main one that begin so many of its operations ahead, else by commands.
+AHEAD = (0, 15)
 # Of so many forks one is done again as a command of its own, without what was seen before, and must come to the same.
 AGAIN = 100
 # Seconds a trial as long as none is known.
@@ -190,6 +192,11 @@ class Faults:
                 asked = [fault for fault in kinds if any(key.startswith(f"{name}/{fault}/") for key in sites)]
                 while asked and self._swept(name, asked, each_time):
                     self.tell(sites, each_time)
+                aims = self._aims(each_time) if asked else []
+                for ahead in AHEAD:
+                    nearer = [dataclasses.replace(aim, point=max(1, aim.point - ahead)) for aim in aims]
+                    while nearer and self._swept(name, asked, each_time, nearer):
+                        self.tell(sites, each_time)
                 left = [key for key in sites if key.split("/")[0] == name and key.split("/")[1] in asked]
                 for key in self._left(left, sites, each_time):
                     self._add(self.trial(key))
@@ -207,7 +214,15 @@ class Faults:
             met.add(place)
             yield key
 
-    def _swept(self, name: str, kinds: Sequence[str], each_time: bool) -> int:
+    def _aims(self, each_time: bool) -> list[sweep.Aim]:
+        """What the last run met where it could not fork."""
+        aims: dict[tuple[str, str, int], sweep.Aim] = {}
+        for line in sweep.results(self.folder / "sweep"):
+            for aim in [sweep.Aim(**given) for given in line.get("aims", ())]:
+                aims.setdefault((aim.fault, aim.place, aim.times if each_time else 0), aim)
+        return list(aims.values())
+
+    def _swept(self, name: str, kinds: Sequence[str], each_time: bool, aims: Sequence[sweep.Aim] = ()) -> int:
         """One run of a stage with forks at what is still to be met; how many trials came of it."""
         into, out = self.folder / "sweep", self.folder / "trial"
         shutil.rmtree(into, ignore_errors=True)
@@ -221,7 +236,10 @@ class Faults:
         proven = {parts[1] for stage, state in self._proven if stage == name and len(parts := state.split("/")) == 2}
         stage = self.by_name[name]
         stage.begin(out)
-        run = sweep.Sweep(out, into, wanted, proven, AT_ONCE)
+        left = [aim for aim in aims if wanted.at(aim.fault, aim.place, aim.times)]
+        if aims and not left:
+            return 0
+        run = sweep.Sweep(out, into, wanted, aims=left, seen=proven, most=AT_ONCE)
         ended = forks.run(stage.command(out), before=run.begin, patience=60 * AT_ONCE)
         lines = list(sweep.results(into))
         if not any("stopped" in line for line in lines):

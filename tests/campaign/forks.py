@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
+import io
 import os
 import re
 import signal
@@ -54,7 +56,7 @@ MODULES = (
 
 
 def load() -> None:
-    """Import everything that a command may need, once for all forks; nothing is computed here."""
+    """Load everything that a command may need, once for all forks; torch computes nothing here."""
     for name in MODULES:
         importlib.import_module(name)
     import torch
@@ -65,6 +67,25 @@ def load() -> None:
 
     # saves as often as there can be any, so that accidents meet them
     engine._SAVE_SECONDS = relabel.SAVE_SECONDS = student.SAVE_SECONDS = 0.0  # type: ignore[misc]
+    _draw()
+    # collections in the forks pass over what is here, which they would else have to copy
+    gc.collect()
+    gc.freeze()
+
+
+def _draw() -> None:
+    """A picture for nothing: what matplotlib and Pillow load with the first one is loaded."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    Image.init()
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(title="title", xlabel="x", ylabel="y", yscale="log")
+    axes.plot([1, 2], [1, 100], label="line")
+    axes.legend()
+    figure.savefig(io.BytesIO())
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,30 @@ class Executors:
 
     def __init__(self) -> None:
         self._jobs: weakref.WeakKeyDictionary[ThreadPoolExecutor, list[Future[Any]]] = weakref.WeakKeyDictionary()
+        self._thread = threading.local()
 
-    def watch(self) -> None:
-        """From now on."""
-        submit, jobs = ThreadPoolExecutor.submit, self._jobs
+    def watch(self, point: Callable[[], int]) -> None:
+        """From now on. point: how far the main thread is."""
+        submit, jobs, thread = ThreadPoolExecutor.submit, self._jobs, self._thread
 
         def submitted(pool: ThreadPoolExecutor, call: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
-            future = submit(pool, call, *arguments, **named)
+            now = point()
+
+            def marked() -> Any:
+                thread.point = now
+                return call(*arguments, **named)
+
+            future = submit(pool, marked)
             left = [job for job in jobs.get(pool, []) if not job.done()]
             jobs[pool] = [*left, future]
             return future
 
         setattr(ThreadPoolExecutor, "submit", submitted)  # noqa: B010
+
+    @property
+    def asked_at(self) -> int | None:
+        """How far the main thread was when it asked for the job that the calling thread does."""
+        return getattr(self._thread, "point", None)
 
     def rest(self) -> bool:
         """Wait until no job is left; False where that takes too long."""
@@ -82,48 +95,117 @@ class Wanted:
         return (fault, place, times if self.each_time else 0) not in self._met
 
 
+@dataclass(frozen=True)
+class Aim:
+    """A fault at a place in another thread, whose job was asked for when the main one had come by so many points.
+
+    A point is an operation of disk or torch.
+    """
+
+    fault: str
+    place: str
+    times: int
+    point: int
+
+
 class Sweep:
     """For `forks.run(before=Sweep(...).begin)`; `results` gives what its forks came to."""
 
-    def __init__(self, out: Path, into: Path, wanted: Wanted, seen: Collection[str] = (), most: int = 1 << 30):
+    def __init__(
+        self,
+        out: Path,
+        into: Path,
+        wanted: Wanted,
+        *,
+        aims: Collection[Aim] = (),
+        seen: Collection[str] = (),
+        most: int = 1 << 30,
+    ):
         """out: where the command works; into: a folder of the same file system for results.
 
-        seen: states of which no copy is needed. most: forks after which the run ends, at the end of a place.
+        aims: met by forks that begin ahead of them. seen: states of which no copy is needed. most: forks after which the run
+        ends, at the end of a place.
         """
         self.out, self.into, self.wanted, self.seen, self.most = out, into, wanted, seen, most
+        self.aims = sorted(aims, key=lambda aim: aim.point)
         self.forks = 0
         self.executors = Executors()
-        self.fork = False  # whether this is one
+        self._points = 0
+        self._fork = False  # whether this is one
+        self._aim: Aim | None = None
 
     def begin(self) -> None:
         disk, memory = (any(fault in kinds for fault in self.wanted.faults) for kinds in (failing.DISK, failing.MEMORY))
         (self.into / "states").mkdir(parents=True, exist_ok=True)
         self._report = open(self.into / "forks.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        self.executors.watch()
+        self.executors.watch(lambda: self._points)
         self.failing = failing.Failing(self.out, self._choose, disk=disk, memory=memory)
         self.failing.install()
+        if not memory:
+            self._count_torch()
+
+    def _count_torch(self) -> None:
+        """Torch's operations are points too."""
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        sweep = self
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+                sweep._point()
+                return function(*arguments, **(named or {}))
+
+        Mode().__enter__()
 
     def _choose(self, place: str, times: int, kinds: Collection[str]) -> str | None:
-        if self.fork:
-            return None
+        if self._fork:
+            aim = self._aim
+            if aim is None or (aim.place, aim.times) != (place, times) or aim.fault not in kinds:
+                return None
+            (self.into / "struck").touch()
+            return aim.fault
+        self._point()
         chosen = [fault for fault in self.wanted.faults if fault in kinds and self.wanted.at(fault, place, times)]
-        if not chosen:
+        point = self.executors.asked_at
+        aims = [Aim(fault, place, times, self._points if point is None else point) for fault in chosen]
+        if not aims or self._fork:
             return None
         if reason := self._reason_against():
-            self._tell({"place": place, "times": times, "faults": chosen, "not forked": reason})
+            self._tell({"not forked": reason, "aims": [asdict(aim) for aim in aims]})
             return None
-        self.failing.layer.paused = True
+        return aim.fault if (aim := self._fork_for(aims)) is not None else None
+
+    def _point(self) -> None:
+        """Fork for what is aimed at from here, unless it was met already."""
+        if self._fork or threading.current_thread() is not threading.main_thread():
+            return
+        self._points += 1
+        if not self.aims or self.aims[0].point > self._points or self._reason_against():
+            return
+        due = [aim for aim in self.aims if aim.point <= self._points]
+        self.aims = self.aims[len(due) :]
+        if due := [aim for aim in due if not self.failing.met(aim.place, aim.times)]:
+            self._aim = self._fork_for(due, ahead=True)
+
+    def _fork_for(self, aims: Sequence[Aim], ahead: bool = False) -> Aim | None:
+        """One fork after the other; in each, what it is for. None in the run itself, whose folder is as it was."""
+        watched = self.failing.layer
+        watched.paused = True
         kept = states.Kept(self.out, self.into / "links")
-        for fault in chosen:
+        for aim in aims:
             if (child := self._forked()) == 0:
-                self.failing.layer.paused = False
-                return fault
-            self._tell({"place": place, "times": times, "fault": fault, **self._end_of(child)})
+                watched.paused = False
+                return aim
+            line = self._end_of(child)
+            struck = not ahead or (self.into / "struck").exists()
+            (self.into / "struck").unlink(missing_ok=True)
+            if struck:
+                self._tell({"fault": aim.fault, "place": aim.place, "times": aim.times, **line})
+                self.wanted.met(aim.fault, aim.place, aim.times)
             kept.put_back()
-            self.wanted.met(fault, place, times)
             self.forks += 1
         kept.drop()
-        self.failing.layer.paused = False
+        watched.paused = False
         if self.forks >= self.most:
             self._tell({"stopped": True})
             os._exit(0)
@@ -155,7 +237,7 @@ class Sweep:
         child = os.fork()
         if child:
             return child
-        self.fork = True
+        self._fork = True
         lock._table.update(owned)
         for hold in owned.values():
             hold.pid = os.getpid()
