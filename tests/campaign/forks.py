@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import io
@@ -141,6 +142,7 @@ class Job:
         sys.stderr.flush()
         # not files: limits on those are among the trials
         pipes = {"out": os.pipe(), "err": os.pipe()}
+        parent = os.getpid()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # no thread of this process computes
             child = os.fork()
@@ -152,6 +154,7 @@ class Job:
             return child
         code = 1
         try:
+            end_with(parent)
             os.setsid()
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(pipes[name][1], number)
@@ -267,6 +270,13 @@ def run(
 ) -> Ended:
     """The command from begin to end."""
     return Job(arguments, world=world, before=before, environment=environment).wait(patience=patience)
+
+
+def end_with(parent: int) -> None:
+    """This process is killed when its parent ends, so that none works on in a folder that another campaign takes up."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _free_port() -> int:

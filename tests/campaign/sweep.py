@@ -233,10 +233,11 @@ class Sweep:
 
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        owned = dict(lock._table)
+        owned, parent = dict(lock._table), os.getpid()
         child = os.fork()
         if child:
             return child
+        forks.end_with(parent)
         self._fork = True
         lock._table.update(owned)
         for hold in owned.values():
