@@ -45,17 +45,21 @@ PACE = 0.3
 class Faults:
     """Trials on the stages of a folder, which is made ready when the first is run."""
 
-    def __init__(self, found: results.Results, only: str = "", *, disk: tmpfs.Tmpfs | None = None):
+    def __init__(self, found: results.Results, only: str = "", *, disk: tmpfs.Tmpfs | None = None, plain: bool = False):
         """found: results so far, whose states need not be seen again, in the folder for everything else.
 
         only: a text that trials' keys hold; where it begins with a stage's name, nothing behind that stage is made ready.
-        disk: a real one, which trials make too small.
+        disk: a real one, which trials make too small. plain: nothing is drawn in figures, which takes most of the time.
         """
         self.found, self.only, self.disk = found, only, disk
         folder = found.folder.resolve()
         self.folder = folder / "faults"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.stages, self.expected = material.prepare(folder / "material", only.split("/")[0])
+        forks.load()
+        if plain:
+            forks.draw_plain()
+        made = folder / ("material-plain" if plain else "material")
+        self.stages, self.expected = material.prepare(made, only.split("/")[0])
         self.by_name = {stage.name: stage for stage in self.stages if stage.name != "students"}
         self._sources = material.sources()[:8]
         # by stage and state: the trial from whose state the next command came to the undisturbed bytes
@@ -178,6 +182,8 @@ class Faults:
     def _next(self, name: str, out: Path, pictures: set[str]) -> str:
         """Run the same command without a fault; what was wrong with it."""
         ended = forks.run(self.by_name[name].command(out))
+        if ended.hung:
+            return "the same command again did not end"
         if ended.code != 0:
             return f"the same command again gave {ended.code}: {ended.reason}"
         found = material.found_below(out)
@@ -186,6 +192,9 @@ class Faults:
     def every(self, each_time: bool) -> None:
         """Each fault at each place that is known or met on the way, or each time that a place is met; then the table."""
         sites = self.sites()
+        for trial in self.found.faults:  # tried again
+            del self.found.trials[trial.key]
+        self.tell(sites, each_time)
         swept = {fault for kinds in SWEEPS for fault in kinds}
         for kinds in SWEEPS:
             for name in self.by_name:
@@ -240,7 +249,7 @@ class Faults:
         if aims and not left:
             return 0
         run = sweep.Sweep(out, into, wanted, aims=left, seen=proven, most=AT_ONCE)
-        ended = forks.run(stage.command(out), before=run.begin, patience=60 * AT_ONCE)
+        ended = forks.run(stage.command(out), before=run.begin, patience=AT_ONCE * forks.PATIENCE)
         lines = list(sweep.results(into))
         if not any("stopped" in line for line in lines):
             wrong = (
@@ -394,14 +403,18 @@ def main(arguments: list[str] | None = None) -> int:
         choices=("place", "time"),
         help="not so many trials but every: each fault at each place in the code, or each time that a place is met",
     )
+    parser.add_argument(
+        "--patience", type=float, default=forks.PATIENCE, help="seconds after which a command counts as hung"
+    )
     given = parser.parse_args(arguments)
+    forks.PATIENCE = given.patience
     found = results.Results(given.out, "faults")
     disk = tmpfs.Tmpfs(given.out.resolve() / "disk") if given.tmpfs else None
     if disk is not None and (reason := disk.refused()):
         print(f"no file system can be mounted here, its trials are left out: {reason}", file=sys.stderr)
         disk = None
     try:
-        _run(Faults(found, given.only, disk=disk), given)
+        _run(Faults(found, given.only, disk=disk, plain=bool(given.every)), given)
     finally:
         if disk is not None:
             disk.unmount()
@@ -409,11 +422,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(faults: Faults, given: argparse.Namespace) -> None:
-    sites = faults.sites()
     if given.every:
-        faults.tell(sites, given.every == "time")
         faults.every(given.every == "time")
         return
+    sites = faults.sites()
     chosen = spread(sites, given.count, given.seed)
     places, tried = ({(*key.split("/")[:2], sites[key]) for key in keys} for keys in (sites, chosen))
     told = f"{len(sites)} faults at {len(places)} places known, {len(chosen)} at {len(tried)} tried"

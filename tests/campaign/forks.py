@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import io
@@ -20,6 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # read when torch and fd2fast are imported: runs are compared byte for byte
 os.environ.update(OMP_NUM_THREADS="1", FD2FAST_TUNE="0", FD2FAST_PROGRESS="0", CUDA_VISIBLE_DEVICES="")
@@ -56,6 +58,7 @@ MODULES = (
 )
 
 
+@functools.cache
 def load() -> None:
     """Load everything that a command may need, once for all forks; torch computes nothing here."""
     for name in MODULES:
@@ -207,9 +210,9 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def wait(self, until: Callable[[], bool] | None = None, patience: float = PATIENCE) -> Ended:
+    def wait(self, until: Callable[[], bool] | None = None, patience: float | None = None) -> Ended:
         """Wait for its end (or until `until` is true, then see `ended`); as torchrun does, the death of one ends the others."""
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + (PATIENCE if patience is None else patience)
         hung = False
         while running := self.running:
             if until is not None and until():
@@ -266,10 +269,25 @@ def run(
     world: int = 1,
     before: Callable[[], None] | None = None,
     environment: Mapping[str, str] | None = None,
-    patience: float = PATIENCE,
+    patience: float | None = None,
 ) -> Ended:
-    """The command from begin to end."""
+    """The command from begin to end; patience: PATIENCE where it is None."""
     return Job(arguments, world=world, before=before, environment=environment).wait(patience=patience)
+
+
+def draw_plain() -> None:
+    """Figures of commands are saved without what is drawn in them, which takes most of a small command's time."""
+    from fd2fast import pictures
+    from fd2fast.stages import distill, evaluate, pretrain, report
+
+    png = pictures.png
+
+    def plain(figure: Any, dpi: float) -> bytes:
+        figure.clear()
+        return png(figure, dpi)
+
+    for module in (pictures, distill, evaluate, pretrain, report):
+        module.png = plain  # type: ignore[attr-defined]
 
 
 def end_with(parent: int) -> None:
