@@ -24,6 +24,7 @@ kills.main([*out, "--count", "2", "--only", "patches"])
 kills.main([*out, "--count", "3", "--only", "distill", "--torchrun", "0"])
 faults.main([*out, "--count", "3", "--only", "patches"])
 faults.main([*out, "--count", "2", "--only", "patches/small disk", "--tmpfs"])
+faults.main([*out, "--every", "place", "--only", "datasets/EIO/rename"])
 for kind in ("image", "TOML", "checkpoint", "arrays", "annotations"):
     inputs.main([*out, "--count", "12", "--only", kind])
 """
@@ -36,9 +37,13 @@ def test_a_few_seconds_of_each_campaign(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("kills", "faults", "inputs")}
     assert [trial for one in found.values() for trial in one["faults"]] == []
+    lines = (tmp_path / "faults.jsonl").read_text(encoding="utf-8").splitlines()
+    renames = [trial for trial in map(json.loads, lines) if trial["group"] == "datasets, EIO"]
+    assert len(renames) > 5
+    assert all(trial["counts"].get("fork") and trial["state"] for trial in renames)
     assert {name: one["trials"] for name, one in found.items()} == {
         "kills": 5,
-        "faults": 3 if tmpfs.Tmpfs(tmp_path / "disk").refused() else 5,
+        "faults": len(renames) + (3 if tmpfs.Tmpfs(tmp_path / "disk").refused() else 5),
         "inputs": 60,
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -38,7 +39,7 @@ AT_ONCE = 120
 AHEAD = (0, 15)
 # Of so many forks one is done again as a command of its own, without what was seen before, and must come to the same.
 AGAIN = 100
-# Seconds a trial as long as none is known.
+# Seconds of a core for a trial, as long as none was done.
 PACE = 0.3
 
 
@@ -194,10 +195,13 @@ class Faults:
         sites = self.sites()
         for trial in self.found.faults:  # tried again
             del self.found.trials[trial.key]
+        self._before, self._used = len(self.found.trials), _used()
         self.tell(sites, each_time)
         swept = {fault for kinds in SWEEPS for fault in kinds}
-        for kinds in SWEEPS:
-            for name in self.by_name:
+        # a whole run costs most and consists of the others
+        for last in (False, True):
+            names = [name for name in self.by_name if (name == "run") == last]
+            for kinds, name in itertools.product(SWEEPS, names):
                 asked = [fault for fault in kinds if any(key.startswith(f"{name}/{fault}/") for key in sites)]
                 while asked and self._swept(name, asked, each_time):
                     self.tell(sites, each_time)
@@ -209,7 +213,7 @@ class Faults:
                 left = [key for key in sites if key.split("/")[0] == name and key.split("/")[1] in asked]
                 for key in self._left(left, sites, each_time):
                     self._add(self.trial(key))
-            self.tell(sites, each_time)
+                self.tell(sites, each_time)
         self.found.run([key for key in sites if key.split("/")[1] not in swept], self.trial)
 
     def _left(self, keys: Sequence[str], sites: Mapping[str, str], each_time: bool) -> Iterator[str]:
@@ -235,7 +239,7 @@ class Faults:
         """One run of a stage with forks at what is still to be met; how many trials came of it."""
         into, out = self.folder / "sweep", self.folder / "trial"
         shutil.rmtree(into, ignore_errors=True)
-        wanted = sweep.Wanted(kinds, each_time)
+        wanted = sweep.Wanted(kinds, each_time, lambda trial: self.only in f"{name}/{trial}")
         for key in self.found.trials:
             its_stage, fault, where = key.split("/", 2)
             if its_stage == name and fault in kinds:
@@ -300,19 +304,25 @@ class Faults:
         """How much is done and left, for people; the table is written too."""
         left = len(list(self._left(list(sites), sites, each_time)))
         trials = self.found.trials.values()
-        times = [trial.seconds for trial in trials if trial.seconds]
-        pace = sum(times) / len(times) if times else PACE
+        done = len(trials) - self._before
+        pace = (_used() - self._used) / done if done else PACE
         places = {(*key.split("/")[:2], site) for key, site in sites.items()}
         tried = len(places & {_place(trial.key) for trial in trials})
         seen = sum(bool(trial.seen) for trial in trials)
         print(
             f"{len(sites)} faults at {len(places)} places known, {tried} places tried; {len(trials)} trials, "
             f"{len(self.found.faults)} faults, {seen} states seen before; {left} trials left, "
-            f"about {left * pace / 60:.0f} min at {pace:.2f} s",
+            f"about {left * pace / 60:.0f} min of one core at {pace:.2f} s",
             file=sys.stderr,
             flush=True,
         )
         self.found.write()
+
+
+def _used() -> float:
+    """Seconds of a core that this process and its ended children have had."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def _at_each(name: str, kinds: Sequence[str], places: Sequence[str]) -> dict[str, str]:

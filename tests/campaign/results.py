@@ -16,6 +16,7 @@ class Trial:
     """One trial. group: its row of the table; counts: what happened in it; fault: what was wrong, empty where nothing was.
 
     state: what the first command left, where that is compared; seen: the trial that showed before how the next goes on from it.
+    seconds: by the clock.
     """
 
     key: str

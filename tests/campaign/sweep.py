@@ -82,8 +82,9 @@ class Executors:
 class Wanted:
     """Which faults are still to be met at which places: each place once, or each time that it is met."""
 
-    def __init__(self, faults: Collection[str], each_time: bool):
-        self.faults, self.each_time = faults, each_time
+    def __init__(self, faults: Collection[str], each_time: bool, among: Callable[[str], bool] = lambda trial: True):
+        """among: whether a trial, FAULT/PLACE/TIMES, is asked for at all."""
+        self.faults, self.each_time, self._among = faults, each_time, among
         self._met: set[tuple[str, str, int]] = set()
 
     def met(self, fault: str, place: str, times: int) -> None:
@@ -92,7 +93,8 @@ class Wanted:
 
     def at(self, fault: str, place: str, times: int) -> bool:
         """Whether it is still to be met."""
-        return (fault, place, times if self.each_time else 0) not in self._met
+        new = (fault, place, times if self.each_time else 0) not in self._met
+        return new and self._among(f"{fault}/{place}/{times}")
 
 
 @dataclass(frozen=True)
