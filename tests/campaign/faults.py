@@ -213,7 +213,8 @@ class Faults:
                 left = [key for key in sites if key.split("/")[0] == name and key.split("/")[1] in asked]
                 for key in self._left(left, sites, each_time):
                     self._add(self.trial(key))
-                self.tell(sites, each_time)
+                if asked:
+                    self.tell(sites, each_time)
         self.found.run([key for key in sites if key.split("/")[1] not in swept], self.trial)
 
     def _left(self, keys: Sequence[str], sites: Mapping[str, str], each_time: bool) -> Iterator[str]:
