@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from campaign import faults, material, mutate, power, results, tmpfs
+from campaign import faults, material, mutate, power, results, states, sweep, tmpfs
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the campaign's tools know Linux")
@@ -24,6 +24,7 @@ kills.main([*out, "--count", "2", "--only", "patches"])
 kills.main([*out, "--count", "3", "--only", "distill", "--torchrun", "0"])
 faults.main([*out, "--count", "3", "--only", "patches"])
 faults.main([*out, "--count", "2", "--only", "patches/small disk", "--tmpfs"])
+faults.main([*out, "--every", "place", "--only", "datasets/EIO/rename"])
 for kind in ("image", "TOML", "checkpoint", "arrays", "annotations"):
     inputs.main([*out, "--count", "12", "--only", kind])
 """
@@ -36,9 +37,13 @@ def test_a_few_seconds_of_each_campaign(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("kills", "faults", "inputs")}
     assert [trial for one in found.values() for trial in one["faults"]] == []
+    lines = (tmp_path / "faults.jsonl").read_text(encoding="utf-8").splitlines()
+    renames = [trial for trial in map(json.loads, lines) if trial["group"] == "datasets, EIO"]
+    assert len(renames) > 5
+    assert all(trial["counts"].get("fork") and trial["state"] for trial in renames)
     assert {name: one["trials"] for name, one in found.items()} == {
         "kills": 5,
-        "faults": 3 if tmpfs.Tmpfs(tmp_path / "disk").refused() else 5,
+        "faults": len(renames) + (3 if tmpfs.Tmpfs(tmp_path / "disk").refused() else 5),
         "inputs": 60,
     }
 
@@ -48,7 +53,7 @@ def layered(code: str, folder: Path, before: str) -> subprocess.CompletedProcess
     script = f"""
 import os, sys
 from pathlib import Path
-from tests.campaign import layer
+from tests.campaign import failing, layer
 root = Path({str(folder)!r})
 {before}
 {code}
@@ -76,7 +81,8 @@ def test_the_layer_sees_every_operation(tmp_path: Path) -> None:
 
 
 def test_the_layer_fails_where_it_is_told(tmp_path: Path) -> None:
-    done = layered(WRITES, tmp_path, f"layer.failing(root, 5, {errno.ENOSPC}, True)()")
+    choose = "lambda place, times, kinds: 'ENOSPC' if place.startswith('create') and times == 1 else None"
+    done = layered(WRITES, tmp_path, f"failing.Failing(root, {choose}, disk=True, memory=False).install()")
     assert f"OSError: [Errno {errno.ENOSPC}]" in done.stderr
     assert (tmp_path / "a" / "safe").is_file()
     assert not (tmp_path / "renamed").exists()
@@ -258,3 +264,123 @@ def test_differences_are_named() -> None:
         material.difference({"a": "1", "b": "x", "d": "4"}, wanted)
         == "missing: c (1); left over: d (1); other bytes: b (1)"
     )
+
+
+STATES = {
+    "result/a": b"1",
+    f"result/.fd2fast-tmp-{'1' * 5}-abcdef12-b": b"2",
+    "result/.fd2fast-lock": b'{"token": "1"}',
+}
+
+
+def fill(folder: Path, files: dict[str, bytes]) -> str:
+    """The digest of a new folder with these files."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return states.digest(states.read(folder))
+
+
+def test_states_are_equal_where_the_next_command_sees_the_same(tmp_path: Path) -> None:
+    first = fill(tmp_path / "0", STATES)
+    named = {name.replace("11111-abcdef12", "7-00000000"): content for name, content in STATES.items()}
+    named["result/.fd2fast-lock"] = b'{"token": "2"}'
+    assert fill(tmp_path / "1", named) == first
+    assert fill(tmp_path / "2", STATES | {"result/seconds.json": b"1.5"}) == fill(
+        tmp_path / "3", STATES | {"result/seconds.json": b"2"}
+    )
+    others = [
+        STATES | {"result/a": b"2"},
+        STATES | {"result/c": b""},
+        STATES | {"result/.fd2fast-lock": b"{"},
+        STATES | {"result/seconds.json": b"1."},
+        {name: content for name, content in STATES.items() if "tmp" not in name},
+    ]
+    digests = [fill(tmp_path / f"other {number}", files) for number, files in enumerate(others)]
+    assert len({first, *digests}) == 6
+
+
+def test_a_folder_is_put_back_with_the_files_that_are_open(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    fill(root, {"a/kept": b"kept", "a/changed": b"before", "open": b"", "moved": b"moved", "gone/x": b"x"})
+    (root / "link").symlink_to("moved")
+    before = states.read(root)
+    with open(root / "open", "wb", buffering=0) as file:
+        file.write(b"12345")
+        kept = states.Kept(root, tmp_path / "links")
+        file.write(b"678")
+        (root / "open").unlink()
+        (root / "a" / "changed").write_bytes(b"longer than before")
+        (root / "moved").rename(root / "elsewhere")
+        (root / "moved").mkdir()
+        (root / "moved" / "y").touch()
+        (root / "link").unlink()
+        (root / "gone" / "x").unlink()
+        (root / "gone").rmdir()
+        kept.put_back()
+        file.write(b"!")
+    kept.drop()
+    after = states.read(root)
+    assert (root / "open").read_bytes() == b"12345!"
+    assert before.keys() == after.keys()
+    files = [name for name in before if name not in ("a", "gone", "open", "link")]
+    assert [after[name] for name in files] == [before[name] for name in files]
+    assert after["link"].content == b"moved"
+
+
+SWEPT = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tests.campaign import failing, forks, sweep
+out, into = Path(sys.argv[1]), Path(sys.argv[2])
+from fd2fast.artifacts import write_bytes
+from fd2fast import cli
+
+def command(arguments):
+    with ThreadPoolExecutor(1) as behind:
+        write_bytes(out / "first", b"1")
+        job = behind.submit(write_bytes, out / "second", b"2")
+        job.result()
+        write_bytes(out / "third", b"3")
+    print("done")
+    return 0
+
+cli.main = command
+aims = []
+for number in range(2):
+    wanted = sweep.Wanted(["EIO"], each_time=True)
+    run = sweep.Sweep(out, into / str(number), wanted, aims=aims)
+    ended = forks.run([], before=run.begin)
+    assert (ended.code, ended.out) == (0, "done\\n"), ended
+    assert sorted(path.name for path in out.iterdir()) == ["first", "second", "third"]
+    for path in out.iterdir():
+        path.unlink()
+    aims = [sweep.Aim(**aim) for line in sweep.results(into / str(number)) for aim in line.get("aims", ())]
+"""
+
+
+def test_forks_of_a_run_meet_every_fault_and_leave_it_unhurt(tmp_path: Path) -> None:
+    out, into = tmp_path / "out", tmp_path / "into"
+    out.mkdir()
+    command = [sys.executable, "-c", SWEPT, str(out), str(into)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    runs = [list(sweep.results(into / str(number))) for number in range(2)]
+    forked, aimed = ([line for line in lines if "fault" in line] for lines in runs)
+    elsewhere = [aim for line in runs[0] for aim in line.get("aims", ())]
+    # a fork meets each operation of this thread; the other's are left to the second run, whose forks begin ahead of them
+    kinds = ["mkdir", "create", "write", "open", "sync", "rename"]
+    assert [line["place"].split()[0] for line in forked] == kinds * 2
+    assert [aim["place"].split()[0] for aim in elsewhere] == kinds
+    threads = {(aim["place"], aim["times"]) for aim in elsewhere}
+    ahead = [line for line in aimed if (line["place"], line["times"]) in threads]
+    assert len(ahead) == len(kinds)
+    for number, lines, before in ((0, forked[:6], []), (0, forked[6:], ["first", "second"]), (1, ahead, ["first"])):
+        for line in lines:
+            left = sorted(path.name for path in (into / str(number) / "states" / line["state"]).iterdir())
+            if line["place"].startswith("mkdir"):  # of a folder that is there: nothing is lost
+                assert (line["code"], left) == (0, ["first", "second", "third"])
+            else:
+                assert (line["code"], left) == (1, before)
+                assert "Input/output error" in line["err"]

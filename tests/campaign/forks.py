@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
+import functools
+import gc
 import importlib
+import io
 import os
 import re
 import signal
@@ -17,6 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # read when torch and fd2fast are imported: runs are compared byte for byte
 os.environ.update(
@@ -55,8 +60,9 @@ MODULES = (
 )
 
 
+@functools.cache
 def load() -> None:
-    """Import everything that a command may need, once for all forks; nothing is computed here."""
+    """Load everything that a command may need, once for all forks; torch computes nothing here."""
     for name in MODULES:
         importlib.import_module(name)
     import torch
@@ -67,6 +73,25 @@ def load() -> None:
 
     # saves as often as there can be any, so that accidents meet them
     engine._SAVE_SECONDS = relabel.SAVE_SECONDS = student.SAVE_SECONDS = 0.0  # type: ignore[misc]
+    _draw()
+    # collections in the forks pass over what is here, which they would else have to copy
+    gc.collect()
+    gc.freeze()
+
+
+def _draw() -> None:
+    """A picture for nothing: what matplotlib and Pillow load with the first one is loaded."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    Image.init()
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(title="title", xlabel="x", ylabel="y", yscale="log")
+    axes.plot([1, 2], [1, 100], label="line")
+    axes.legend()
+    figure.savefig(io.BytesIO())
 
 
 @dataclass(frozen=True)
@@ -122,6 +147,7 @@ class Job:
         sys.stderr.flush()
         # not files: limits on those are among the trials
         pipes = {"out": os.pipe(), "err": os.pipe()}
+        parent = os.getpid()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # no thread of this process computes
             child = os.fork()
@@ -133,6 +159,7 @@ class Job:
             return child
         code = 1
         try:
+            end_with(parent)
             os.setsid()
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(pipes[name][1], number)
@@ -185,9 +212,9 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def wait(self, until: Callable[[], bool] | None = None, patience: float = PATIENCE) -> Ended:
+    def wait(self, until: Callable[[], bool] | None = None, patience: float | None = None) -> Ended:
         """Wait for its end (or until `until` is true, then see `ended`); as torchrun does, the death of one ends the others."""
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + (PATIENCE if patience is None else patience)
         hung = False
         while running := self.running:
             if until is not None and until():
@@ -244,10 +271,32 @@ def run(
     world: int = 1,
     before: Callable[[], None] | None = None,
     environment: Mapping[str, str] | None = None,
-    patience: float = PATIENCE,
+    patience: float | None = None,
 ) -> Ended:
-    """The command from begin to end."""
+    """The command from begin to end; patience: PATIENCE where it is None."""
     return Job(arguments, world=world, before=before, environment=environment).wait(patience=patience)
+
+
+def draw_plain() -> None:
+    """Figures of commands are saved without what is drawn in them, which takes most of a small command's time."""
+    from fd2fast import pictures
+    from fd2fast.stages import distill, evaluate, pretrain, report
+
+    png = pictures.png
+
+    def plain(figure: Any, dpi: float) -> bytes:
+        figure.clear()
+        return png(figure, dpi)
+
+    for module in (pictures, distill, evaluate, pretrain, report):
+        module.png = plain  # type: ignore[attr-defined]
+
+
+def end_with(parent: int) -> None:
+    """This process is killed when its parent ends, so that none works on in a folder that another campaign takes up."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _free_port() -> int:

@@ -1,7 +1,8 @@
 """A layer under Python's file functions: counts changes to files below a folder; fails, ends the process, or keeps a journal.
 
-It is installed in a process that ends with the trial and never taken out. Native code (memory maps, torch's and safetensors'
-own writers) passes below it: maps are seen when they are flushed, the writers as one operation each.
+It is installed in a process that ends with the trial and never taken out; `failing.py` makes operations fail by it. Native code
+(memory maps, torch's and safetensors' own writers) passes below it: maps are seen when they are flushed, the writers as one
+operation each.
 """
 
 from __future__ import annotations
@@ -18,10 +19,8 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 from typing import Any
-
-# Operations that need no room on the disk: a full one allows them.
-FREEING = ("unlink", "rmdir")
 
 _open, _io_open, _os_open, _os_write = builtins.open, io.open, os.open, os.write
 _fsync, _replace, _unlink = os.fsync, os.replace, os.unlink
@@ -37,6 +36,7 @@ class Layer:
         self.root = os.path.realpath(root) + os.sep
         self.action, self.journal = action, journal
         self.count = 0
+        self.paused = False  # operations pass unseen
         self._lock = threading.RLock()
         self._copies = itertools.count()
         if journal is not None:
@@ -55,10 +55,12 @@ class Layer:
         return path if path.startswith(self.root) or path + os.sep == self.root else None
 
     def hit(self, kind: str, path: str) -> None:
+        if self.paused:
+            return
         with self._lock:
             number = self.count
             self.count += 1
-            self.action(number, kind, path)
+        self.action(number, kind, path)  # not under the lock: it may wait for another thread
 
     def note(self, kind: str, *paths: str) -> None:
         """A line in the journal, after the operation."""
@@ -221,15 +223,22 @@ def _home() -> str:
     return os.path.dirname(spec.origin or "") + os.sep if spec is not None else os.sep
 
 
+@functools.cache
+def _line(code: CodeType, number: int) -> str:
+    """A line by its function, which edits above do not move; empty outside of fd2fast."""
+    file, home = code.co_filename, _home()
+    if not file.startswith(home):
+        return ""
+    return f"{file.removeprefix(home)}:{code.co_qualname}+{number - code.co_firstlineno}"
+
+
 def site() -> str:
     """Where in fd2fast the caller was asked from: the innermost line, and a hash of all lines on the way to it."""
-    home = _home()
     lines: list[str] = []
     frame = sys._getframe(1)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(home):
-            lines.append(f"{name.removeprefix(home)}:{frame.f_lineno}")
+        if line := _line(frame.f_code, frame.f_lineno):
+            lines.append(line)
         frame = frame.f_back  # type: ignore[assignment]
     return f"{lines[0] if lines else '-'}#{hashlib.sha256(' '.join(lines).encode()).hexdigest()[:8]}"
 
@@ -243,22 +252,6 @@ def counter(root: Path, into: Path) -> Callable[[], None]:
         Layer(root, lambda number, kind, path: _os_write(log, f"{kind} {site()}\n".encode()) and None).install()
 
     return before
-
-
-def failing(root: Path, at: int, number: int, lasting: bool) -> Callable[[], None]:
-    """For `forks.run(before=...)`: operation `at` fails with errno `number`, and where `lasting` all that need room after it."""
-
-    def action(count: int, kind: str, path: str) -> None:
-        if kind in FREEING and lasting and count != at:
-            return
-        if count == at or (lasting and count > at):
-            if kind == "native":
-                raise RuntimeError(
-                    "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"  # what torch's writer says
-                )
-            raise OSError(number, os.strerror(number), path)
-
-    return lambda: Layer(root, action).install()
 
 
 def ending(root: Path, at: int, number: int, journal: Path | None = None) -> Callable[[], None]:

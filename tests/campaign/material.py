@@ -195,10 +195,10 @@ def prepare(folder: Path, only: str = "") -> tuple[list[Stage], dict[str, Expect
     names = [stage.name for stage in chosen]
     if only in names:
         chosen = chosen[: names.index(only) + 1]
-    record, sources = folder / "expected.json", _sources()
+    record, now = folder / "expected.json", sources()
     known = json.loads(record.read_text()) if record.is_file() else {}
-    if known.get("sources") != sources:
-        known = {"sources": sources}
+    if known.get("sources") != now:
+        known = {"sources": now}
     for stage in chosen:
         if stage.name in known:
             continue
@@ -213,7 +213,7 @@ def prepare(folder: Path, only: str = "") -> tuple[list[Stage], dict[str, Expect
     return chosen, {stage.name: Expected(**known[stage.name]) for stage in chosen}
 
 
-def _sources() -> str:
+def sources() -> str:
     """A hash of fd2fast's code and of these commands."""
     import fd2fast
 

@@ -13,12 +13,19 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial. group: its row of the table; counts: what happened in it; fault: what was wrong, empty where nothing was."""
+    """One trial. group: its row of the table; counts: what happened in it; fault: what was wrong, empty where nothing was.
+
+    state: what the first command left, where that is compared; seen: the trial that showed before how the next goes on from it.
+    seconds: by the clock.
+    """
 
     key: str
     group: str
     counts: dict[str, int] = field(default_factory=dict)
     fault: str = ""
+    state: str = ""
+    seen: str = ""
+    seconds: float = 0.0
 
 
 class Results:
