@@ -89,9 +89,9 @@ def fuse(model: nn.Module, *, size: int, dtype: torch.dtype | None = None) -> Fu
     expected = _losses(backbone, probe)
     with torch.no_grad(), repeatable(allow_tf32=False):
         given_logits, given_loss = own(probe, (0, 1, 2))
-    error = max(_relative(given_logits, logits), _relative(given_loss, expected))
-    if not error <= TOLERANCE.get(weight.dtype, 0.2):
-        raise ValueError(f"{backbone.name} cannot be fused: its twin is off by {error:.1e} of its outputs")
+    apart = max(_relative(given_logits, logits), _relative(given_loss, expected))
+    if not apart <= TOLERANCE.get(weight.dtype, 0.2):
+        raise ValueError(f"{backbone.name} cannot be fused: its twin is off by {apart:.1e} of its outputs")
     fused = own if dtype is None or dtype == weight.dtype else FusedNetwork(backbone, dtype, probe)
     for layer in fused.modules():
         if isinstance(layer, FrozenConv):
