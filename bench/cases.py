@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fd2fast.config import DistillConfig
-from fd2fast.device import settle_precision
+from fd2fast.distillation.planner import iteration_table
 from fd2fast.errors import UserError
 from fd2fast.methods import METHODS, check_name, resolve
 from fd2fast.models.backbone import build_backbone
 from fd2fast.models.teacher import Teacher
-from fd2fast.planner import iteration_table
-from fd2fast.recipe import Recipe
+from fd2fast.settings.config import DistillConfig
+from fd2fast.settings.recipe import Recipe
+from fd2fast.system.device import settle_precision
 
 MEAN, STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
 # App. Table 3, CUB-200-2011

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case
-from bench.ways import Engine, Plain
+from bench.ways import FusedStep, Plain
 
 # Iterations of every teacher after which the images are compared, at a rate at which Adam does not yet amplify rounding.
 ROUNDS, RATE = 3, 1e-3
@@ -91,7 +91,7 @@ class Reference:
         found = Errors()
         for turn, (gradient, terms) in enumerate(self.firsts):
             run = make(self.case)
-            if isinstance(run, Engine):
+            if isinstance(run, FusedStep):
                 run.step.iteration = turn
             run(turn, read=True)
             found.gradient = max(found.gradient, _worst(run.gradient, gradient))

@@ -35,9 +35,9 @@ from torch.func import functional_call
 
 from bench import results, timing
 from bench.gate import DisagreementError
-from fd2fast.device import pick_device
+from fd2fast.distillation.memory import is_out_of_memory
 from fd2fast.errors import UserError
-from fd2fast.memory import is_out_of_memory
+from fd2fast.system.device import pick_device
 
 PAPER = {"dsa": (3900.0, 68.4), "dm": (1400.0, 28.9), "datm": (2700.0, 50.0)}
 COLUMNS = (

@@ -26,12 +26,12 @@ import tyro
 
 from bench import results, timing
 from bench.cases import make_case, make_teacher
-from bench.ways import Engine, fused_of
+from bench.ways import FusedStep, fused_of
 from fd2fast import artifacts
-from fd2fast.config import replace
-from fd2fast.device import pick_device
 from fd2fast.errors import UserError
-from fd2fast.presets import preset
+from fd2fast.settings.config import replace
+from fd2fast.settings.presets import preset
+from fd2fast.system.device import pick_device
 
 PAPER_SECONDS, PAPER_ITERATIONS, PAPER_SEGMENTS, PAPER_ROWS = 1713.1, 10_000, 2, 100
 COLUMNS = ("case", "stage", "seconds", "peak MB", "processes", "priors", "images", "ms", "ms 10%", "ms 90%", "s an id")
@@ -111,7 +111,7 @@ def cub(options: Options, device: torch.device) -> list[dict[str, Any]]:
     for priors in range(4):
         case = make_case("sre2l++_fd2", [teacher], rows=options.rows, priors=priors, precision="auto", device=device)
         precision = case.config.precision
-        runs[str(priors)] = Engine(case, fused_of([teacher], precision, options.rows), precision=precision)
+        runs[str(priors)] = FusedStep(case, fused_of([teacher], precision, options.rows), precision=precision)
     times = timing.interleaved(runs, options.rounds, 2, device)
     exact = options.rows == PAPER_ROWS
     rows, medians = [], []

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fd2fast.planner import TableStream, iteration_table, make_plan
+from fd2fast.distillation.planner import TableStream, iteration_table, make_plan
 
 IMAGENET_21K = {"classes": 21_841, "ipc": 50, "segments_per_step": 8}
 SINGLE = {**IMAGENET_21K, "segment_size": 1, "segments_per_step": 800}

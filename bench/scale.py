@@ -33,12 +33,12 @@ import tyro
 
 from bench import results, timing
 from bench.cases import check_method, make_case, make_teacher
-from bench.ways import Engine, fused_of
-from fd2fast.device import pick_device
+from bench.ways import FusedStep, fused_of
+from fd2fast.distillation.memory import is_out_of_memory
+from fd2fast.distillation.planner import Plan, make_plan
 from fd2fast.errors import UserError
-from fd2fast.memory import is_out_of_memory
 from fd2fast.methods import METHODS
-from fd2fast.planner import Plan, make_plan
+from fd2fast.system.device import pick_device
 
 PARTS = ("step", "group", "classes", "plan", "processes")
 PAPER_SECONDS = {2: 1708.3, 3: 1709.0, 4: 1713.1, 5: 1739.4}  # App. Table 5, for an image id of all 200 classes
@@ -165,7 +165,7 @@ def measured(
             )
             precision = case.config.precision
             fused = fused_of([by_classes[classes]], precision, case.rows)
-            runs[point] = Engine(case, fused, precision=precision, segments=segments)
+            runs[point] = FusedStep(case, fused, precision=precision, segments=segments)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -35,12 +35,12 @@ import tyro
 from bench import results, timing
 from bench.cases import PAPER_METHODS, POOL, Case, check_method, make_case, make_teacher, teachers_of
 from bench.gate import LIMITS, DisagreementError, Reference, check, settle_reference_arithmetic
-from bench.ways import AUTOCAST, Engine, Losses, Plain, Rival, fused_of
-from fd2fast.device import pick_device
+from bench.ways import AUTOCAST, FusedStep, Losses, Plain, Rival, fused_of
+from fd2fast.distillation.memory import is_out_of_memory
 from fd2fast.errors import UserError
-from fd2fast.memory import is_out_of_memory
 from fd2fast.models.fused import FusedTeacher
 from fd2fast.models.teacher import Teacher
+from fd2fast.system.device import pick_device
 
 COLUMNS = ("method", "way", "segments", "images", "size", "precision", "ms", "ms 10%", "ms 90%", "images/s", "peak MB")
 COLUMNS += ("limit ms", "of limit", "x plain", "x rival")
@@ -131,7 +131,7 @@ def checked(case: Case, fused: list[FusedTeacher]) -> dict[str, float]:
         teachers = exact if arithmetic == "fp32" else fused
         errors = {
             "rival": reference.errors_of(functools.partial(Rival, losses=Losses(case, precision=arithmetic))),
-            "engine": reference.errors_of(lambda c, a=arithmetic, t=teachers: Engine(c, t, precision=a)),
+            "engine": reference.errors_of(lambda c, a=arithmetic, t=teachers: FusedStep(c, t, precision=a)),
         }
         check("rival", errors["rival"], arithmetic, rounding=reference.rounding)
         peer = errors["rival"] if arithmetic in AUTOCAST else None
@@ -159,7 +159,7 @@ def measure(method: str, options: Options, teachers: dict[str, Teacher], device:
     makers: dict[str, Callable[[], timing.Run]] = {
         "plain": lambda: Plain(case),
         "rival": lambda: Rival(case, losses, graph=options.compile),
-        "engine": lambda: Engine(case, fused, precision=precision),
+        "engine": lambda: FusedStep(case, fused, precision=precision),
     }
     runs = {way: makers[way]() for way in options.ways}
     times = timing.interleaved(runs, options.repetitions, period, device)
@@ -207,7 +207,7 @@ def sweep(method: str, options: Options, teachers: dict[str, Teacher], device: t
         limit = limit_ms(case, device)
         for segments in (1, 2) if options.quick else (1, 2, 4, 8, 16, 32):
             try:
-                run = Engine(case, fused, precision=precision, segments=segments)
+                run = FusedStep(case, fused, precision=precision, segments=segments)
                 times = timing.interleaved({"engine": run}, options.repetitions, period, device)["engine"]
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -218,7 +218,7 @@ def sweep(method: str, options: Options, teachers: dict[str, Teacher], device: t
             base = {"method": method, "segments": segments, "images": rows * segments, "size": options.size}
             row = row_of("engine", times, {**base, "precision": precision, "limit ms": round(limit * segments, 3)})
             del run
-            make = functools.partial(Engine, case, fused, precision=precision, segments=segments)
+            make = functools.partial(FusedStep, case, fused, precision=precision, segments=segments)
             row["peak MB"] = peak_mb(make, fused, period, device)
             found.append(row)
             if device.type == "cpu" and segments * rows >= (40 if rows == 10 else 100):

@@ -47,12 +47,12 @@ import tyro
 from bench import results, timing
 from bench.cases import PAPER_METHODS, POOL, Case, check_method, make_case, make_teacher, teachers_of
 from bench.gate import LIMITS, DisagreementError, Errors, Reference, check, settle_reference_arithmetic
-from bench.ways import AUTOCAST, Engine, Losses, Plain, Rival, fused_of
-from fd2fast.device import pick_device
+from bench.ways import AUTOCAST, FusedStep, Losses, Plain, Rival, fused_of
+from fd2fast.distillation.memory import is_out_of_memory
 from fd2fast.errors import UserError
-from fd2fast.memory import is_out_of_memory
 from fd2fast.models.fused import FusedTeacher
 from fd2fast.models.teacher import Teacher, load_teacher
+from fd2fast.system.device import pick_device
 
 PAPER = {"sre2l++": (64.6, 4.8), "sre2l++_fd2": (96.8, 5.3), "fadrm+": (88.9, 12.2), "fadrm+_fd2": (134.8, 14.1)}
 RIVALS = ("plain", "vectorised", "bf16", "compiled", "graph")
@@ -162,9 +162,9 @@ def makers(case: Case, fused: list[FusedTeacher], exact: list[FusedTeacher], all
         "bf16": lambda c: Rival(c, half()),
         "compiled": lambda c: Rival(c, compiled()),
         "graph": lambda c: Rival(c, compiled(), graph=True),
-        "engine": lambda c: Engine(c, fused, precision=precision),
-        "engine, all": lambda c: Engine(c, fused, precision=precision, segments=all_segments),
-        "engine in fp32": lambda c: Engine(c, exact, precision="fp32"),
+        "engine": lambda c: FusedStep(c, fused, precision=precision),
+        "engine, all": lambda c: FusedStep(c, fused, precision=precision, segments=all_segments),
+        "engine in fp32": lambda c: FusedStep(c, exact, precision="fp32"),
     }
 
 

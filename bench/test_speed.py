@@ -17,9 +17,9 @@ from torch import Tensor
 from bench.registry import REGISTRY, Problem
 from bench.shapes import PAPER
 from fd2fast import ops
-from fd2fast.models import frozen
+from fd2fast.distillation.planner import iteration_table, make_plan
+from fd2fast.models import frozen_layers as frozen
 from fd2fast.ops import _dispatch
-from fd2fast.planner import iteration_table, make_plan
 from fd2fast.reference import planner as reference
 
 CPU = torch.device("cpu")

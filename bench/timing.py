@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fd2fast.distillation.memory import is_out_of_memory, peak_bytes
 from fd2fast.errors import UserError
-from fd2fast.memory import is_out_of_memory, peak_bytes
-from fd2fast.models.frozen import FrozenConv
+from fd2fast.models.frozen_layers import FrozenConv
 
 Run = Callable[[int], None]
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cases import Case
-from fd2fast.device import repeatable
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher
 from fd2fast.models.tune import tune
 from fd2fast.reference.loop import crop_flip_roll, segment_loss
 from fd2fast.step import TERMS, GroupedStep, Priors, map_dtype
+from fd2fast.system.device import repeatable
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -216,7 +216,7 @@ def fused_of(teachers: Sequence[Teacher], precision: str, rows: int) -> list[Fus
     return found
 
 
-class Engine:
+class FusedStep:
     """GroupedStep over copies of the case's segment."""
 
     def __init__(self, case: Case, fused: Sequence[FusedTeacher], *, precision: str, segments: int = 1):

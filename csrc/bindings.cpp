@@ -148,7 +148,7 @@ py::array_t<std::uint8_t> memory(const TableStream& stream) {
 }  // namespace
 
 PYBIND11_MODULE(_planner, m) {
-    m.doc() = "Plans of grouped steps and iteration tables (C++); fd2fast.planner is the typed face.";
+    m.doc() = "Plans of grouped steps and iteration tables (C++); fd2fast.distillation.planner is the typed face.";
 
     m.def(
         "make_plan",
@@ -160,7 +160,7 @@ PYBIND11_MODULE(_planner, m) {
         },
         py::kw_only(), py::arg("classes"), py::arg("ipc"), py::arg("group_size"), py::arg("segment_size"),
         py::arg("segments_per_step"), py::arg("max_rows"), py::arg("memory_limit"), py::arg("bytes_per_row"),
-        py::arg("bytes_fixed"), py::arg("bucket_sizes"), "The arrays of fd2fast.planner.Plan; 0: no limit.");
+        py::arg("bytes_fixed"), py::arg("bucket_sizes"), "The arrays of fd2fast.distillation.planner.Plan; 0: no limit.");
     m.def("iteration_table", &iteration_table, py::kw_only(), py::arg("seed"), py::arg("segments"),
           py::arg("first_iteration"), py::arg("count"), py::arg("size"), py::arg("jitter"), py::arg("augment"),
           py::arg("scale"), py::arg("ratio"), py::arg("threads"), "int32 [count, n, 7]; threads 0: as many as pay.");

@@ -1,4 +1,4 @@
-"""Types of the C++ extension; `fd2fast.planner` is what to call."""
+"""Types of the C++ extension; `fd2fast.distillation.planner` is what to call."""
 
 from collections.abc import Sequence
 from typing import Any

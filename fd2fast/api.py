@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, from_numpy
 
-from fd2fast import config as settings_of
 from fd2fast import pipeline, stages
 from fd2fast.artifacts import Artifact, Dataset, Images, Labels, Metrics, Patches, TeacherArtifact, load
 from fd2fast.data.arrays import from_arrays as dataset_from_arrays
@@ -20,7 +19,8 @@ from fd2fast.data.store import load_split
 from fd2fast.errors import UserError, nearest
 from fd2fast.methods import register_method
 from fd2fast.models.network import FusedNetwork, fuse
-from fd2fast.paths import expand, expanded
+from fd2fast.settings import config as settings_of
+from fd2fast.settings.paths import expand, expanded
 from fd2fast.stages import register as register_stage
 
 Folder = Path | str
@@ -47,7 +47,7 @@ __all__ = [
 
 
 def datasets(out: Folder, *, overwrite: bool = False, **settings: Any) -> Dataset:
-    """Check, resize and store a data set in the folder `out`. settings: fields of fd2fast.config.DataConfig.
+    """Check, resize and store a data set in the folder `out`. settings: fields of fd2fast.settings.config.DataConfig.
 
     These functions have the commands' names, settings and results: a finished result of the same settings is taken as it is,
     one that was begun is resumed. Raises UserError where the command would end with an error.

@@ -16,17 +16,18 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from fd2fast import __version__, failure, stopping, threads
+from fd2fast import __version__
 from fd2fast.commands import COMMANDS as OFFERED
 from fd2fast.commands import Command
-from fd2fast.config import RunConfig
 from fd2fast.errors import UserError, nearest, refuse
-from fd2fast.paths import expand, expanded
-from fd2fast.presets import PRESETS, from_toml, preset, quick
-from fd2fast.progress import show_notes
+from fd2fast.settings.config import RunConfig
+from fd2fast.settings.paths import expand, expanded
+from fd2fast.settings.presets import PRESETS, from_toml, preset, quick
 from fd2fast.stages import ADDED, STAGES, spec
-from fd2fast.streams import say, steady
-from fd2fast.workers import is_first
+from fd2fast.system import failure, stopping, threads
+from fd2fast.system.processes import is_first
+from fd2fast.system.progress import show_notes
+from fd2fast.system.streams import say, steady
 
 # Columns of the narrowest page of help: on fewer tyro never ends.
 _NARROWEST = 40

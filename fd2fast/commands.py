@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fd2fast.artifacts import Artifact, Dataset, Images, Labels, Metrics, Patches, TeacherArtifact
-from fd2fast.config import DataConfig, DistillConfig, EvaluateConfig, PatchesConfig, PretrainConfig, RelabelConfig
+from fd2fast.settings.config import (
+    DataConfig,
+    DistillConfig,
+    EvaluateConfig,
+    PatchesConfig,
+    PretrainConfig,
+    RelabelConfig,
+)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 from fd2fast.artifacts import Artifact
 from fd2fast.commands import Command, Input
-from fd2fast.config import RunConfig
 from fd2fast.data.outline import Outline
 from fd2fast.entries import Entry
-from fd2fast.space import Space
+from fd2fast.settings.config import RunConfig
+from fd2fast.system.space import Space
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fd2fast import __version__, isa, threads
+from fd2fast import __version__
+from fd2fast.system import isa, threads
 
 _EXTENSIONS = (
     ("_planner", "plans and iteration tables"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fd2fast.artifacts import write_bytes
-from fd2fast.streams import plain
+from fd2fast.system.streams import plain
 
 log = logging.getLogger("fd2fast")
 

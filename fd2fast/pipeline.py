@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fd2fast import artifacts, space
+from fd2fast import artifacts
 from fd2fast.artifacts import Artifact, Dataset, Images, Metrics, TeacherArtifact
-from fd2fast.config import RunConfig, wrong_settings
 from fd2fast.data.outline import Outline, outline_of, outline_on_disk
 from fd2fast.entries import Entry, folder_name, parse_entry
 from fd2fast.errors import UserError, refuse
 from fd2fast.graph import Planned, plan_jobs
-from fd2fast.lock import by_itself, own
 from fd2fast.models.backbone import canonical_name
-from fd2fast.ranges import damage, repeated
-from fd2fast.space import Space
+from fd2fast.settings.config import RunConfig, wrong_settings
+from fd2fast.settings.ranges import damage, repeated
 from fd2fast.stages import report, specs
-from fd2fast.streams import say
-from fd2fast.workers import current, is_first
+from fd2fast.system import space
+from fd2fast.system.lock import by_itself, own
+from fd2fast.system.processes import current, is_first
+from fd2fast.system.space import Space
+from fd2fast.system.streams import say
 
 
 @dataclass(frozen=True)

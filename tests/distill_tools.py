@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from fd2fast.artifacts import Artifact, open_stage, write_npy
-from fd2fast.config import DataConfig, DistillConfig, PatchesConfig, PretrainConfig, replace
 from fd2fast.data.pixels import save_image
 from fd2fast.data.store import load_split
 from fd2fast.methods import resolve
 from fd2fast.models.backbone import build_backbone
 from fd2fast.models.teacher import Teacher
-from fd2fast.recipe import Recipe
+from fd2fast.settings.config import DataConfig, DistillConfig, PatchesConfig, PretrainConfig, replace
+from fd2fast.settings.recipe import Recipe
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.3, 0.2)
 SMALL = "timm:test_resnet"

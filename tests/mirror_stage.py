@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fd2fast.artifacts import Images, open_stage
-from fd2fast.config import RunConfig, wrong_settings
 from fd2fast.data.pixels import read_image, save_image
 from fd2fast.entries import Entry, folder_name, methods_of
 from fd2fast.graph import Job, StageSpec
-from fd2fast.ranges import NotNegative
+from fd2fast.settings.config import RunConfig, wrong_settings
+from fd2fast.settings.ranges import NotNegative
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from fd2fast.artifacts import Artifact, open_stage, write_npy
-from fd2fast.config import DataConfig, PretrainConfig
 from fd2fast.models.backbone import build_backbone
 from fd2fast.models.teacher import Teacher
+from fd2fast.settings.config import DataConfig, PretrainConfig
 
 MEAN, STD = (0.5, 0.4, 0.45), (0.25, 0.2, 0.3)
 TINY = "timm:resnet10t,channels=8x8x16x16,stem_width=4,output_stride=16"

@@ -28,9 +28,14 @@ from distill_tools import OTHER, SMALL, make_teacher
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from fd2fast import isa
 from fd2fast.artifacts import Dataset, Labels, Patches, TeacherArtifact, read_json
-from fd2fast.config import (
+from fd2fast.data.distilled import load_images
+from fd2fast.data.pixels import read_image
+from fd2fast.data.prepare import prepare
+from fd2fast.data.views import PER_EPOCH
+from fd2fast.entries import HARD, parse_entry
+from fd2fast.methods import BASELINES, METHODS, SEMANTICS, patch_factor, takes_committee
+from fd2fast.settings.config import (
     DataConfig,
     DistillConfig,
     EvaluateConfig,
@@ -38,14 +43,9 @@ from fd2fast.config import (
     PretrainConfig,
     RelabelConfig,
 )
-from fd2fast.data.distilled import load_images
-from fd2fast.data.pixels import read_image
-from fd2fast.data.prepare import prepare
-from fd2fast.data.views import PER_EPOCH
-from fd2fast.entries import HARD, parse_entry
-from fd2fast.methods import BASELINES, METHODS, SEMANTICS, patch_factor, takes_committee
 from fd2fast.stages import distill, evaluate, patches, pretrain, relabel
 from fd2fast.step import TERMS
+from fd2fast.system import isa
 
 RECORDED = Path(__file__).parent / "data" / "recorded.json"
 PRECISIONS = ("fp32", "bf16")
@@ -77,7 +77,7 @@ class Environment:
 
     precision: str
     torch: str
-    # Kernels of torch, oneDNN and the extensions, as fd2fast.isa counts them.
+    # Kernels of torch, oneDNN and the extensions, as fd2fast.system.isa counts them.
     capability: str
     onednn: int
     own: int

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd2fast.artifacts import load
-from fd2fast.baselines import herding, kcenter, select
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
 from fd2fast.models.teacher import load_teacher
+from fd2fast.students.baselines import herding, kcenter, select
 
 CLASSES, HELD = 3, 6
 METHODS = ("random", "herding", "kcenter", "rded")

@@ -7,7 +7,7 @@ import pytest
 
 from bench import compare, pipeline, results, scale
 from fd2fast.artifacts import open_stage
-from fd2fast.planner import make_plan
+from fd2fast.distillation.planner import make_plan
 
 TINY = ["--quick", "--device", "cpu", "--precision", "fp32", "--rounds", "2"]
 

@@ -60,13 +60,13 @@ def test_a_row_that_disagrees_gets_no_time(tmp_path, monkeypatch):
 
 
 def test_every_segment_of_a_row_is_compared(tmp_path, monkeypatch):
-    right = table2.Engine.__call__
+    right = table2.FusedStep.__call__
 
     def wrong(self, t, *, read=False):
         right(self, t, read=read)
         self.step.images[self.rows :] = 0.0
 
-    monkeypatch.setattr(table2.Engine, "__call__", wrong)
+    monkeypatch.setattr(table2.FusedStep, "__call__", wrong)
     arguments = [*TINY, "--methods", "sre2l++", "--ways", "plain", "engine", "engine, all", "--out", str(tmp_path)]
     assert table2.main(arguments) == 1
     rows = {row["way"]: row for row in rows_of(tmp_path)}

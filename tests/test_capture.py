@@ -13,9 +13,9 @@ from distill_tools import MEAN, OTHER, SMALL, STD, tiny_config, tiny_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fd2fast import ops
+from fd2fast.distillation.planner import iteration_table
 from fd2fast.ops import _checks, _dispatch
 from fd2fast.ops.cpu import native
-from fd2fast.planner import iteration_table
 from fd2fast.step import GroupedStep, Priors, capture
 from fd2fast.step.capture import Captures
 from fd2fast.step.tables import DeviceTable

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fd2fast import artifacts, causes
+from fd2fast import artifacts
 from fd2fast.data.pixels import save_image
+from fd2fast.distillation.memory import is_out_of_memory
 from fd2fast.errors import UserError
-from fd2fast.memory import is_out_of_memory
-from fd2fast.writer import Writer
+from fd2fast.system import causes
+from fd2fast.system.writer import Writer
 
 BIG = torch.zeros(20_000)
 NOISE = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 96, 96), dtype=np.uint8))

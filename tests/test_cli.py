@@ -11,8 +11,8 @@ import pytest
 from fd2fast import cli, commands
 from fd2fast.errors import UserError
 from fd2fast.methods import BASELINES, METHODS, Selection, register_method
-from fd2fast.progress import show_notes
 from fd2fast.stages import spec
+from fd2fast.system.progress import show_notes
 
 
 def test_usage_names_every_command(capsys):

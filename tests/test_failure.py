@@ -9,8 +9,9 @@ import tempfile
 
 import pytest
 
-from fd2fast import cli, failure, stopping
+from fd2fast import cli
 from fd2fast.errors import UserError
+from fd2fast.system import failure, stopping
 
 
 def raising(monkeypatch, error, command="pretrain"):
@@ -180,7 +181,7 @@ def test_an_ignored_signal_stays_ignored():
 def test_a_library_that_does_not_return_cannot_hold_up_the_end():
     code = """
 import ctypes, os, signal, threading
-from fd2fast import stopping
+from fd2fast.system import stopping
 stopping.PATIENCE = 0.1
 library = ctypes.CDLL(None)
 mutex = ctypes.create_string_buffer(256)

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from fd2fast import isa
+from fd2fast.system import isa
 
 SHOW = """
 import json, torch
-from fd2fast import isa
-from fd2fast.device import fast_bf16
+from fd2fast.system import isa
+from fd2fast.system.device import fast_bf16
 found = isa.detect()
 print(json.dumps([found.processor, found.own, found.onednn, found.torch, found.level, fast_bf16(torch.device("cpu"))]))
 print("\\n".join(isa.describe()))

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from fd2fast import limits
+from fd2fast.system import limits
 
 LIMITED = """
 import mmap, resource
-from fd2fast import limits
+from fd2fast.system import limits
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, resource.RLIM_INFINITY))
 before = limits.spare()
 room = mmap.mmap(-1, 100 << 20)

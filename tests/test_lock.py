@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from fd2fast import artifacts, lock
+from fd2fast import artifacts
 from fd2fast.errors import UserError
+from fd2fast.system import lock
 
 DEAD = 0x7FFFFFF0  # above every system's largest process id
 
@@ -358,7 +359,7 @@ def test_what_a_lock_says_is_shown_as_plain_text(tmp_path):
 
 RACE = """
 import errno, json, os, sys
-from fd2fast import lock
+from fd2fast.system import lock
 folder, rounds, count = sys.argv[1], 5, 8
 def no_links(*_):
     raise OSError(errno.EPERM, "Operation not permitted")
@@ -409,7 +410,7 @@ def test_of_many_takers_of_a_stale_lock_one_gets_it(tmp_path, how):
 
 DIES = """
 import os, signal, sys
-from fd2fast import lock
+from fd2fast.system import lock
 real = os.replace
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 lock.take(sys.argv[1])
@@ -596,7 +597,7 @@ def test_many_threads_at_once(tmp_path):
 
 FORK = """
 import os, sys
-from fd2fast import lock
+from fd2fast.system import lock
 hold = lock.take(sys.argv[1])
 if not (pid := os.fork()):
     hold.release()
@@ -612,7 +613,7 @@ assert os.path.exists(os.path.join(sys.argv[1], lock.LOCK)) and hold.check()
 
 EXEC = """
 import os, sys
-from fd2fast import lock
+from fd2fast.system import lock
 with lock.own(sys.argv[1]) as hold:
     if len(sys.argv) == 2:
         os.execv(sys.executable, [sys.executable, "-c", open(sys.argv[0]).read(), *sys.argv[1:], "again"])

@@ -9,7 +9,6 @@ import torch
 from distill_tools import MEAN, STD, make_dataset, make_teacher, saved_pixels, tiny_config
 
 from fd2fast.artifacts import Artifact
-from fd2fast.config import DistillConfig, replace
 from fd2fast.data.distilled import load_images
 from fd2fast.errors import UserError
 from fd2fast.methods import resolve
@@ -17,6 +16,7 @@ from fd2fast.models.teacher import load_teacher
 from fd2fast.reference.loop import optimise_segment
 from fd2fast.reference.planner import iteration_table
 from fd2fast.seeding import generator
+from fd2fast.settings.config import DistillConfig, replace
 from fd2fast.stages import distill
 
 CLASSES, SIZE, IPC, ITERATIONS, SEED = 4, 32, 3, 10, 2

@@ -4,11 +4,11 @@ import pytest
 import torch
 from distill_tools import OTHER, tiny_config, tiny_teacher
 
-from fd2fast import memory
-from fd2fast.config import DistillConfig
+from fd2fast.distillation import memory
+from fd2fast.distillation.memory import StepMemory, free_bytes, measure, too_small
 from fd2fast.errors import UserError
-from fd2fast.memory import StepMemory, free_bytes, measure, too_small
 from fd2fast.models.fused import FusedTeacher, fuse
+from fd2fast.settings.config import DistillConfig
 
 CPU = torch.device("cpu")
 

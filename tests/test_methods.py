@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from fd2fast.config import DistillConfig, replace
 from fd2fast.errors import UserError
 from fd2fast.methods import (
     BASELINES,
@@ -29,7 +28,8 @@ from fd2fast.methods import (
     scaled_size,
     takes_committee,
 )
-from fd2fast.recipe import recipe_of
+from fd2fast.settings.config import DistillConfig, replace
+from fd2fast.settings.recipe import recipe_of
 
 
 def recipe(method: str, size: int = 224, classes: int = 200, dataset: str | None = None, **changes: object) -> Recipe:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from distill_tools import MEAN, OTHER, SMALL, STD, tiny_config, tiny_teacher
 
-from fd2fast.planner import iteration_table
-from fd2fast.recipe import Recipe
+from fd2fast.distillation.planner import iteration_table
 from fd2fast.reference.loop import committee_weights, optimise_segment, prior_attention
+from fd2fast.settings.recipe import Recipe
 from fd2fast.step import GroupedStep, Priors
 from fd2fast.step import committee_weights as step_weights
 

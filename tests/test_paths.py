@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fd2fast import cli
-from fd2fast.config import DataConfig, PretrainConfig, RunConfig
 from fd2fast.errors import UserError
-from fd2fast.paths import expand, expanded
-from fd2fast.presets import from_toml
+from fd2fast.settings.config import DataConfig, PretrainConfig, RunConfig
+from fd2fast.settings.paths import expand, expanded
+from fd2fast.settings.presets import from_toml
 
 
 @pytest.fixture(autouse=True)

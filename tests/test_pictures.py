@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from fd2fast import pictures
-from fd2fast.config import DistillConfig, EvaluateConfig
 from fd2fast.data import pixels
 from fd2fast.methods import resolve
 from fd2fast.pictures import figure, font_folder, picture, png
+from fd2fast.settings.config import DistillConfig, EvaluateConfig
 from fd2fast.stages import distill, evaluate, pretrain, report
 
 STRANGE = [

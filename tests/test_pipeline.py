@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fd2fast import artifacts, cli, lock, stages
+from fd2fast import artifacts, cli, stages
 from fd2fast.artifacts import Dataset, Images, Labels, Metrics, TeacherArtifact
-from fd2fast.config import PretrainConfig, RunConfig
 from fd2fast.data.pixels import read_image
 from fd2fast.errors import UserError
 from fd2fast.graph import plan_jobs
 from fd2fast.pipeline import parse_entry
+from fd2fast.settings.config import PretrainConfig, RunConfig
 from fd2fast.stages import pretrain, register
+from fd2fast.system import lock
 
 TINY = """
 methods = ["random", "random:soft", "herding", "kcenter", "rded", "sre2l++", "sre2l++_fd2", "fadrm+_fd2"]

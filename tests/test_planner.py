@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fd2fast import planner
+from fd2fast.distillation import planner
+from fd2fast.distillation.planner import Plan, TableStream, cosine_rates, iteration_table, make_plan, philox_uniform
 from fd2fast.errors import UserError
-from fd2fast.planner import Plan, TableStream, cosine_rates, iteration_table, make_plan, philox_uniform
 from fd2fast.reference import planner as reference
 
 quick = settings(deadline=None, max_examples=100)
@@ -252,7 +252,7 @@ def test_unknown_segments_are_refused(segments):
 def test_imagenet_21k_is_planned_small_and_without_torch():
     code = r"""
 import re, sys
-from fd2fast.planner import make_plan
+from fd2fast.distillation.planner import make_plan
 plan = make_plan(21841, 50, segments_per_step=8)
 single = make_plan(21841, 50, segment_size=1, segments_per_step=800)
 assert plan.rows(plan.step_segments)[-1] == single.n_segments == 21841 * 50
@@ -554,7 +554,7 @@ def test_stream_of_nothing():
 def test_a_forked_child_neither_reads_nor_hangs():
     code = """
 import os, signal
-from fd2fast.planner import TableStream
+from fd2fast.distillation.planner import TableStream
 stream = TableStream(0, [1], 0, 1000, 8, jitter=1, lr=.1, total=1000, chunk=1)
 stream.next()
 child = os.fork()

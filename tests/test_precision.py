@@ -4,7 +4,7 @@ import pytest
 import torch
 from distill_tools import MEAN, OTHER, SMALL, STD, tiny_config, tiny_teacher
 
-from fd2fast.planner import iteration_table
+from fd2fast.distillation.planner import iteration_table
 from fd2fast.reference.loop import optimise_segment
 from fd2fast.step import TERMS, GroupedStep, Priors
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fd2fast.config import DistillConfig, PretrainConfig, RunConfig, replace
 from fd2fast.errors import UserError
 from fd2fast.methods import BASELINES, filled
-from fd2fast.presets import PRESETS, from_toml, preset, quick
+from fd2fast.settings.config import DistillConfig, PretrainConfig, RunConfig, replace
+from fd2fast.settings.presets import PRESETS, from_toml, preset, quick
 
 
 def test_unknown_preset_suggests_the_nearest():

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fd2fast.progress import NotesHandler, Progress, track
+from fd2fast.system.progress import NotesHandler, Progress, track
 
 
 class Stream(io.StringIO):
@@ -97,7 +97,7 @@ def test_errors_of_the_work_itself_pass():
 
 @pytest.mark.parametrize("variable", ["TQDM_MININTERVAL", "TQDM_NCOLS", "TQDM_SMOOTHING"])
 def test_variables_of_the_bar_that_are_no_numbers(variable):
-    code = "from fd2fast.progress import track; print(list(track(range(3), 'steps')))"
+    code = "from fd2fast.system.progress import track; print(list(track(range(3), 'steps')))"
     found = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, variable: "often", "FD2FAST_PROGRESS": "1"},

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
-from fd2fast.config import (
+from fd2fast.data import prepare
+from fd2fast.methods import faults as distill_faults
+from fd2fast.settings.config import (
     DataConfig,
     DistillConfig,
     EvaluateConfig,
@@ -18,9 +20,7 @@ from fd2fast.config import (
     RunConfig,
     wrong_settings,
 )
-from fd2fast.data import prepare
-from fd2fast.methods import faults as distill_faults
-from fd2fast.ranges import either, repeated
+from fd2fast.settings.ranges import either, repeated
 from fd2fast.stages import evaluate, patches, pretrain, relabel
 
 STAGES = {

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fd2fast import engine
 from fd2fast.artifacts import Artifact, Images, open_stage, read_json
-from fd2fast.config import DataConfig, DistillConfig, PatchesConfig
 from fd2fast.data.pixels import save_image
 from fd2fast.data.prepare import prepare
+from fd2fast.distillation import runner
+from fd2fast.distillation.planner import make_plan
 from fd2fast.models.teacher import Teacher, load_teacher
-from fd2fast.planner import make_plan
+from fd2fast.settings.config import DataConfig, DistillConfig, PatchesConfig
 from fd2fast.stages import distill
 from fd2fast.stages.exchange import import_teacher
 from fd2fast.step import TERMS
@@ -138,8 +138,8 @@ def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             passed.extend(images.double().contiguous().numpy().reshape(-1, rows, *images.shape[1:]))
             return quantize(images, *rest)
 
-        quantize = engine.quantize
-        patch.setattr(engine, "quantize", watched)
+        quantize = runner.quantize
+        patch.setattr(runner, "quantize", watched)
         begun = made_patches(dataset, teachers[0], patches, ipc, folder)
         result = distill.run(
             settings(case), folder / "images", dataset, teachers, begun, draws=draws, prior_draws=views

@@ -10,10 +10,11 @@ import torch
 from model_tools import TINY, make_dataset
 from PIL import Image
 
-from fd2fast import artifacts, cli, pipeline, space
-from fd2fast.config import DataConfig, PatchesConfig, PretrainConfig, RunConfig
+from fd2fast import artifacts, cli, pipeline
 from fd2fast.models.backbone import build_backbone
 from fd2fast.pipeline import Planned, check, data_faults, describe_plan, jobs, parse_entry
+from fd2fast.settings.config import DataConfig, PatchesConfig, PretrainConfig, RunConfig
+from fd2fast.system import space
 
 OTHER = "timm:test_resnet"
 SMALL = RunConfig(
@@ -250,16 +251,16 @@ def test_disk_that_cannot_hold_it_is_refused_and_scarce_disk_is_said(tmp_path, m
 
 
 def test_memory_that_cannot_hold_a_batch_is_refused(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("fd2fast.memory.total_bytes", lambda device: 1000)
+    monkeypatch.setattr("fd2fast.distillation.memory.total_bytes", lambda device: 1000)
     found = check(changed(out=tmp_path / "out", data__train_per_class=200, pretrain__batch_size=500)).faults
     assert any(fault.startswith("pretrain.batch_size 500 with") for fault in found)
     assert any(fault.startswith("student ") for fault in found)
-    monkeypatch.setattr("fd2fast.memory.total_bytes", lambda device: 10**12)
-    monkeypatch.setattr("fd2fast.memory.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("fd2fast.distillation.memory.total_bytes", lambda device: 10**12)
+    monkeypatch.setattr("fd2fast.distillation.memory.free_bytes", lambda device: 1000)
     assert check(changed(out=tmp_path / "out", pretrain__batch_size=31)).faults == []
     assert "pretrain.batch_size 31 with" in caplog.text
     assert "free at the moment" in caplog.text
-    monkeypatch.setattr("fd2fast.memory.total_bytes", lambda device: None)
+    monkeypatch.setattr("fd2fast.distillation.memory.total_bytes", lambda device: None)
     assert check(changed(out=tmp_path / "out", pretrain__batch_size=500)).faults == []
 
 

@@ -36,7 +36,7 @@ def test_a_step_keeps_little_of_each_image(name: str, megabytes: float) -> None:
     teacher = cases.make_teacher(name, classes=20, size=224, device=CPU)
     case = cases.make_case("sre2l++_fd2", [teacher], rows=ROWS, priors=3, precision="bf16", device=CPU)
     fused = fuse(teacher, torch.bfloat16)
-    run = ways.Engine(case, [fused], precision="bf16")
+    run = ways.FusedStep(case, [fused], precision="bf16")
     step = run.step
     known = [*fused.buffers(), *step.tensors().values(), step.initial, case.labels, *case.priors]
     found = saved_bytes(lambda: run(0), known) / ROWS

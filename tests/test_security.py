@@ -16,7 +16,6 @@ from distill_tools import SMALL, make_dataset, make_patches, make_teacher
 
 from fd2fast import artifacts
 from fd2fast.artifacts import file_digest, identity_digest, open_stage, read_torch
-from fd2fast.config import DataConfig, EvaluateConfig, RelabelConfig
 from fd2fast.data.distilled import load_images
 from fd2fast.data.layouts import read_layout
 from fd2fast.data.pixels import save_image
@@ -24,11 +23,12 @@ from fd2fast.data.prepare import prepare
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone, load_weights
-from fd2fast.models.pool import import_checkpoint
+from fd2fast.models.released_checkpoints import import_checkpoint
 from fd2fast.pipeline import folder_name
+from fd2fast.settings.config import DataConfig, EvaluateConfig, RelabelConfig
 from fd2fast.stages import relabel
 from fd2fast.stages.exchange import export_artifact
-from fd2fast.student import prepare as prepare_student
+from fd2fast.students.student import prepare as prepare_student
 
 WAYS = range(5)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fd2fast import artifacts, lock, sources
+from fd2fast import artifacts
 from fd2fast.errors import UserError
-from fd2fast.sources import Seen, Source, few, file_digest, known_digest, look, of_file, same_place, stamp
+from fd2fast.system import lock, sources
+from fd2fast.system.sources import Seen, Source, few, file_digest, known_digest, look, of_file, same_place, stamp
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import tempfile
 
 import pytest
 
-from fd2fast import space
-from fd2fast.space import Space
+from fd2fast.system import space
+from fd2fast.system.space import Space
 
 
 def test_too_little_is_refused_and_scarce_is_said(tmp_path, monkeypatch):

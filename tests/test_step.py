@@ -9,11 +9,11 @@ import torch
 from distill_tools import MEAN, OTHER, SMALL, STD, tiny_config, tiny_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fd2fast.distillation.planner import iteration_table, make_plan
 from fd2fast.errors import UserError
 from fd2fast.methods import METHODS, Outputs, Term, register_method
 from fd2fast.models.fused import fuse
-from fd2fast.planner import iteration_table, make_plan
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 from fd2fast.step import TERMS, GroupedStep, Priors, check_losses, map_dtype, segment_mean_matrix
 from fd2fast.step.tables import DeviceTable
 from fd2fast.step.update import PixelAdam
@@ -290,7 +290,7 @@ def test_an_iteration_asks_nothing_of_the_host(
     method: str, changes: dict, precision: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Value checks of the operations are off, as they are on a GPU; after one round no tensor is made of host values."""
-    from fd2fast.models import packed
+    from fd2fast.models import packed_convolution as packed
     from fd2fast.ops import _checks
 
     monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from fd2fast import streams
+from fd2fast.system import streams
 
 # Prints in every way there is, then leaves a file: what a stage does.
 SCRIPT = """
 import contextlib, os, sys, warnings
-from fd2fast.streams import say, steady
+from fd2fast.system.streams import say, steady
 with steady():
     for number in range(3000):
         say(f"line {number} of a class \\udcff caf\\xe9 \\u0e01 \\U0001f426")

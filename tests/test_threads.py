@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from fd2fast import threads
+from fd2fast.system import threads
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from fd2fast.writer import Writer, to_host
+from fd2fast.system.writer import Writer, to_host
 
 
 def test_jobs_run_in_order_and_flush_waits() -> None:

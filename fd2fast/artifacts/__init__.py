@@ -30,7 +30,7 @@ from fd2fast.artifacts.identity import config_dict, digest, identity_digest
 from fd2fast.artifacts.kinds import Dataset, Images, Labels, Metrics, Patches, TeacherArtifact
 from fd2fast.artifacts.opening import obstacle, open_stage
 from fd2fast.artifacts.stage import Stage
-from fd2fast.sources import file_digest
+from fd2fast.system.sources import file_digest
 
 __all__ = [
     "MANIFEST",

@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, overload
 
-from fd2fast import lock
 from fd2fast.artifacts.facts import Facts
 from fd2fast.artifacts.files import read_json
 from fd2fast.artifacts.folder import MANIFEST, STATE
 from fd2fast.artifacts.identity import identity_digest
 from fd2fast.errors import UserError
-from fd2fast.ranges import damage
-from fd2fast.sources import file_digest, known_digest
+from fd2fast.settings.ranges import damage
+from fd2fast.system import lock
+from fd2fast.system.sources import file_digest, known_digest
 
 SCHEMA = 1
 

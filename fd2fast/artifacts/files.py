@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fd2fast import causes, lock
 from fd2fast.errors import UserError
+from fd2fast.system import causes, lock
 
 # how a damaged file of an unfinished stage is repaired
 AGAIN = "remove it, and the same command does that part again"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from fd2fast import lock
 from fd2fast.artifacts.files import remove, write_bytes
 from fd2fast.errors import UserError
+from fd2fast.system import lock
 
 MANIFEST = "manifest.json"
 STATE = "state"

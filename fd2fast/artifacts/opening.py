@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, overload
 
-from fd2fast import lock
 from fd2fast.artifacts.artifact import A, Artifact, kind_name, load
 from fd2fast.artifacts.files import read_json, remove, sync_folder, write_json, writing
 from fd2fast.artifacts.folder import BEGUN, CLEARING, MANIFEST, STATE, clear, holds_foreign, mark_of, refuse_foreign
 from fd2fast.artifacts.identity import config_dict, first_difference, place_fields, recorded_settings
 from fd2fast.artifacts.stage import Stage
 from fd2fast.errors import UserError
-from fd2fast.sources import Source, compare, recorded_place
+from fd2fast.system import lock
+from fd2fast.system.sources import Source, compare, recorded_place
 
 log = logging.getLogger(__name__)
 

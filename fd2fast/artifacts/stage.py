@@ -15,13 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic
 
-from fd2fast import lock
 from fd2fast.artifacts.artifact import SCHEMA, A, Artifact, result_of
 from fd2fast.artifacts.files import plain, read_torch, sync_folder, write_json, write_torch
 from fd2fast.artifacts.folder import BEGUN, MANIFEST, STAMPS, STATE
 from fd2fast.artifacts.identity import digest, identity_digest
 from fd2fast.errors import UserError
-from fd2fast.sources import file_digest
+from fd2fast.system import lock
+from fd2fast.system.sources import file_digest
 
 
 class Stage(Generic[A]):

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from fd2fast.artifacts import Dataset, DatasetFacts, digest, open_stage, write_npy
-from fd2fast.config import LARGEST_SIDE, SMALLEST_SIDE
 from fd2fast.data.pixels import CONVERSIONS, grid, resized
 from fd2fast.data.prepare import measure, preview_rows
 from fd2fast.errors import UserError
-from fd2fast.lock import released_at_end
 from fd2fast.pictures import picture
 from fd2fast.seeding import numpy_generator
-from fd2fast.sources import MEMORY, Source
+from fd2fast.settings.config import LARGEST_SIDE, SMALLEST_SIDE
+from fd2fast.system.lock import released_at_end
+from fd2fast.system.sources import MEMORY, Source
 
 Array = np.ndarray | torch.Tensor
 Labels = Array | Sequence[int]

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fd2fast.artifacts import STAMPS, STATE, digest, write_bytes
-from fd2fast.config import DataConfig
 from fd2fast.data import typefaces
 from fd2fast.data.layouts import Listing, read_layout
 from fd2fast.data.typefaces import Face
 from fd2fast.errors import UserError
-from fd2fast.progress import Progress
-from fd2fast.sources import MATPLOTLIB, Seen, Source, Stamp, few, known_digest, look, stamp
+from fd2fast.settings.config import DataConfig
+from fd2fast.system.progress import Progress
+from fd2fast.system.sources import MATPLOTLIB, Seen, Source, Stamp, few, known_digest, look, stamp
 
 _SPLITS = ("train", "test")
 # Files from which on the look has a bar: it takes seconds.

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fd2fast.config import DATASETS
 from fd2fast.data import hints
 from fd2fast.data.walk import Found, LeftOut, class_folders, is_junk, trouble, walk
 from fd2fast.errors import UserError, nearest
+from fd2fast.settings.config import DATASETS
 
 SHOWN = 20
 # Entries of all class folders together; ImageNet-21k, the largest set in use, has 14 million images.

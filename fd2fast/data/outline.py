@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from fd2fast.artifacts import Dataset
-from fd2fast.config import DataConfig
 from fd2fast.data.layouts import read_layout
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
+from fd2fast.settings.config import DataConfig
 
 _SHOWN = 8
 

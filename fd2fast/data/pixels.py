@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, TiffImagePlugin, WebPImag
 
 from fd2fast.artifacts import atomic_path, write_bytes
 from fd2fast.errors import UserError
-from fd2fast.streams import plain
+from fd2fast.system.streams import plain
 
 # A file may decode to at most this many pixels: a few kilobytes can otherwise ask for all memory.
 MAX_PIXELS = 80_000_000

@@ -25,7 +25,6 @@ from fd2fast.artifacts import (
     write_npy,
     writing,
 )
-from fd2fast.config import DataConfig, wrong_settings
 from fd2fast.data import typefaces
 from fd2fast.data.content import look_at
 from fd2fast.data.layouts import LEVELS, SHOWN, STATISTICS, Listing, known_datasets, missing_images, read_layout
@@ -33,11 +32,12 @@ from fd2fast.data.outline import Outline
 from fd2fast.data.pixels import CONVERSIONS, ORIENTED, decode, grid, resized
 from fd2fast.data.walk import LeftOut
 from fd2fast.errors import UserError, nearest, refuse
-from fd2fast.lock import released_at_end
 from fd2fast.pictures import picture
-from fd2fast.progress import Progress
-from fd2fast.space import Space
-from fd2fast.streams import plain
+from fd2fast.settings.config import DataConfig, wrong_settings
+from fd2fast.system.lock import released_at_end
+from fd2fast.system.progress import Progress
+from fd2fast.system.space import Space
+from fd2fast.system.streams import plain
 
 _CHUNK = 256
 _DONE = 1  # bit 0 of a row's status; _MARKS follow from bit 1

@@ -23,12 +23,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fd2fast.artifacts import writing
-from fd2fast.config import DataConfig
 from fd2fast.data.walk import walk
 from fd2fast.errors import UserError
 from fd2fast.pictures import font_folder
-from fd2fast.progress import Progress, track
 from fd2fast.seeding import numpy_generator
+from fd2fast.settings.config import DataConfig
+from fd2fast.system.progress import Progress, track
 
 log = logging.getLogger("fd2fast")
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fd2fast import ops
 from fd2fast.artifacts import Labels
-from fd2fast.config import wrong_settings
 from fd2fast.data.pixels import normalise
 from fd2fast.errors import UserError, refuse
-from fd2fast.ranges import AnySeed, Area, Positive, Share
 from fd2fast.seeding import numpy_generator
+from fd2fast.settings.config import wrong_settings
+from fd2fast.settings.ranges import AnySeed, Area, Positive, Share
 
 # Bounds of width / height of a crop, and how often a crop that leaves the image is drawn anew (torchvision's rule).
 RATIO = (3 / 4, 4 / 3)

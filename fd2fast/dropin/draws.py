@@ -25,8 +25,8 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from fd2fast.artifacts import atomic_path
+from fd2fast.distillation.planner import COLUMNS, iteration_table
 from fd2fast.errors import UserError
-from fd2fast.planner import COLUMNS, iteration_table
 from fd2fast.seeding import derive, generator, numpy_generator
 
 FORMAT = "fd2fast draws 1"

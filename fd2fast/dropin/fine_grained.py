@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fd2fast.device import pick_device
 from fd2fast.dropin.draws import Block, Drawn, Voting
 from fd2fast.dropin.flags import folder
 from fd2fast.dropin.lines import Lines
@@ -15,7 +14,8 @@ from fd2fast.dropin.pool import Loaded, Member, check_names, consume_initial_wei
 from fd2fast.dropin.recovery import Recovery, run
 from fd2fast.dropin.targets import FINE_GRAINED, Known, target_of
 from fd2fast.errors import UserError
-from fd2fast.streams import say
+from fd2fast.system.device import pick_device
+from fd2fast.system.streams import say
 
 
 def sre2l_recovery(script: str, options: argparse.Namespace) -> Recovery:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fd2fast import failure, stopping, threads
 from fd2fast.errors import UserError
-from fd2fast.progress import show_notes
-from fd2fast.streams import say
+from fd2fast.system import failure, stopping, threads
+from fd2fast.system.progress import show_notes
+from fd2fast.system.streams import say
 
 
 @dataclass(frozen=True)

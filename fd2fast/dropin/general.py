@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fd2fast.device import pick_device
 from fd2fast.dropin.draws import Block, Drawn, Voting
 from fd2fast.dropin.fine_grained import common_of, scores_of
 from fd2fast.dropin.flags import folder
@@ -20,7 +19,8 @@ from fd2fast.dropin.pool import Loaded, Member, consume_initial_weights, load_on
 from fd2fast.dropin.recovery import Recovery, run
 from fd2fast.dropin.targets import GENERAL, Known, target_of
 from fd2fast.errors import UserError
-from fd2fast.streams import say
+from fd2fast.system.device import pick_device
+from fd2fast.system.streams import say
 
 _R18, _R50, _SNV2, _MBV2, _DN121 = "ResNet18", "ResNet50", "ShuffleNetV2", "MobileNetV2", "Densenet121"
 # CV-DD's --model-setting: the committees that are drawn from, or (lists of lists) the one of each image id.

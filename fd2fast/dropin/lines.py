@@ -16,7 +16,7 @@ from fd2fast.data.pixels import decode
 from fd2fast.dropin.draws import Block, Drawn
 from fd2fast.dropin.recovery import Recovery
 from fd2fast.pictures import figure, picture, plotting, png
-from fd2fast.streams import say
+from fd2fast.system.streams import say
 
 # Quality of the copies of initial images (OpenCV's default).
 _QUALITY = 95

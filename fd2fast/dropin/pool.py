@@ -15,7 +15,7 @@ from fd2fast.dropin.networks import SMALL, STOCKED, small_backbone, stock_backbo
 from fd2fast.errors import UserError
 from fd2fast.models.attention_head import AttentionHead
 from fd2fast.models.backbone import Backbone
-from fd2fast.models.pool import CENTERS, HEAD, alpha_text
+from fd2fast.models.released_checkpoints import CENTERS, HEAD, alpha_text
 from fd2fast.models.teacher import Teacher
 from fd2fast.models.weights_file import Foreign, read_tensors
 

@@ -20,10 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd2fast import lock
 from fd2fast.artifacts import Dataset, read_json, read_torch, write_json, write_torch
 from fd2fast.data.pixels import bounds, normalise
-from fd2fast.device import pick_device, repeatable
+from fd2fast.distillation.memory import free_bytes, measure, too_small
+from fd2fast.distillation.planner import Plan
+from fd2fast.distillation.runner import Part, PlanRunner
+from fd2fast.distillation.start import Inputs, Table
 from fd2fast.dropin.draws import (
     Block,
     CounterSource,
@@ -37,20 +39,18 @@ from fd2fast.dropin.draws import (
     patch_of_id,
 )
 from fd2fast.dropin.pool import Loaded, Member
-from fd2fast.engine import Engine, Part
 from fd2fast.errors import UserError
-from fd2fast.inputs import Inputs, Table
-from fd2fast.memory import free_bytes, measure, too_small
 from fd2fast.methods import Outputs, Term
 from fd2fast.methods.losses import BN_MATCHING, CROSS_ENTROPY
 from fd2fast.models.convolution import Choices
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher
 from fd2fast.models.tune import tune
-from fd2fast.planner import Plan
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 from fd2fast.step import GroupedStep, map_dtype
-from fd2fast.workers import Workers, current
+from fd2fast.system import lock
+from fd2fast.system.device import pick_device, repeatable
+from fd2fast.system.processes import Workers, current
 
 log = logging.getLogger("fd2fast")
 
@@ -568,7 +568,7 @@ class _Look:
         self.classes = [str(label) for label in range(target.classes)]
 
 
-class RecoveryEngine(Engine):
+class RecoveryEngine(PlanRunner):
     """The engine with the scripts' losses and teachers, which tells an onlooker."""
 
     inputs: RecoveryInputs

@@ -28,7 +28,7 @@ from fd2fast.methods.settle import (
     resolve,
     scaled_size,
 )
-from fd2fast.recipe import MAY_STAY_OPEN, Recipe
+from fd2fast.settings.recipe import MAY_STAY_OPEN, Recipe
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -4,7 +4,7 @@ import math
 
 from fd2fast.methods.method import Method
 from fd2fast.methods.registry import register_method
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 
 
 def smallest_crop(recipe: Recipe, iteration: int) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fd2fast.methods.losses import CROSS_ENTROPY, Outputs, Term
 from fd2fast.methods.method import Method
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 
 if TYPE_CHECKING:  # torch is heavy, and only the step needs it
     from torch import Tensor

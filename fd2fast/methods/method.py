@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fd2fast.config import DistillConfig
 from fd2fast.methods.losses import BN_MATCHING, CROSS_ENTROPY, Term
-from fd2fast.recipe import Recipe
+from fd2fast.settings.config import DistillConfig
+from fd2fast.settings.recipe import Recipe
 
 Settings = Mapping[str, Any]
 
@@ -64,7 +64,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Selection:
-    """A baseline that picks real images or patches; `fd2fast.baselines` holds the rules."""
+    """A baseline that picks real images or patches; `fd2fast.students.baselines` holds the rules."""
 
     # One line for lists of methods.
     summary: str

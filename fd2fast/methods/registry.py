@@ -8,7 +8,7 @@ from fd2fast.errors import UserError, nearest
 from fd2fast.methods import fd2
 from fd2fast.methods.losses import TERMS, Term
 from fd2fast.methods.method import Method, Selection
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 
 # Methods that optimise images.
 METHODS: dict[str, Method] = {}

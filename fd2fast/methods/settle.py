@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd2fast.config import DistillConfig, replace, wrong_settings
 from fd2fast.errors import UserError, nearest, refuse
 from fd2fast.methods.registry import BASELINES, METHODS, known_names, method_of
-from fd2fast.recipe import Recipe, recipe_of
+from fd2fast.settings.config import DistillConfig, replace, wrong_settings
+from fd2fast.settings.recipe import Recipe, recipe_of
 
 # Where the paper and the published code differ; each difference is a field of its own.
 _SEMANTIC_FIELDS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fd2fast.models import packed, winograd
+from fd2fast.models import packed_convolution, winograd
 from fd2fast.ops.cpu import native
 
 Pair = tuple[int, int]
@@ -99,7 +99,7 @@ class Convolution:
     def __init__(self, stride: Pair, padding: Pair, dilation: Pair, groups: int, choices: Choices | None = None):
         self.settings = stride, padding, dilation, groups
         self.choices = choices if choices is not None else Choices()
-        self._packed = packed.PackedConv(stride, padding, dilation, groups)
+        self._packed = packed_convolution.PackedConv(stride, padding, dilation, groups)
         self._winograd = winograd.WinogradConv(padding)
         self._picked: dict[tuple[Any, ...], str] = {}
         self._picked_from: tuple[int, int] | None = None
@@ -165,7 +165,7 @@ class Convolution:
         if name is None:
             names = [*own]
             names += ["winograd"] if self._by_winograd(weight) else []
-            names += ["packed"] if packed.supports(weight.dtype) else []
+            names += ["packed"] if packed_convolution.supports(weight.dtype) else []
             candidates = {n: functools.partial(run, n) for n in (*names, "plain")}
             name = self.choices.pick(self._kind(direction, size, weight), candidates)
             self._picked[key] = name

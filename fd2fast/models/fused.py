@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fd2fast import ops
-from fd2fast.device import repeatable
 from fd2fast.models.attention_head import POOL_EPS, SCALE
 from fd2fast.models.convolution import Choices
-from fd2fast.models.frozen import FrozenBatchNorm, FrozenConv, Segments
+from fd2fast.models.frozen_layers import FrozenBatchNorm, FrozenConv, Segments
 from fd2fast.models.rewrite import Rewritten, by_modules, rewrite
 from fd2fast.models.teacher import Teacher, TeacherOutput
 from fd2fast.ops import _dispatch
 from fd2fast.reference._offsets import accumulation_dtype
+from fd2fast.system.device import repeatable
 
 log = logging.getLogger("fd2fast")
 

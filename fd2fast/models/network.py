@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fd2fast.device import repeatable
 from fd2fast.models.backbone import Backbone
-from fd2fast.models.frozen import FrozenConv, Segments
+from fd2fast.models.frozen_layers import FrozenConv, Segments
 from fd2fast.models.rewrite import rewrite
+from fd2fast.system.device import repeatable
 
 # Largest relative error (L2) of logits and BN losses against the module itself.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}

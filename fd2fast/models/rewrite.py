@@ -1,4 +1,4 @@
-"""Rewrites a frozen network, traced by torch.fx or module by module, into the layers of fd2fast.models.frozen.
+"""Rewrites a frozen network, traced by torch.fx or module by module, into the layers of fd2fast.models.frozen_layers.
 
 Traced, a network becomes a graph in which each BN with the addition and the activation after it is one call that also gives
 its matching loss. A module whose forward cannot be traced stays as it is, with its layers replaced one by one.
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import Backbone
-from fd2fast.models.frozen import (
+from fd2fast.models.frozen_layers import (
     FrozenAvgPool,
     FrozenBatchNorm,
     FrozenConv,
@@ -153,7 +153,7 @@ class _Recording(nn.Module):
 
 
 def activation_of(module: nn.Module | None) -> str | None:
-    """The name of an activation module in fd2fast.models.frozen, or None if it is another."""
+    """The name of an activation module in fd2fast.models.frozen_layers, or None if it is another."""
     if module is None or type(module) is nn.Identity:
         return "identity"
     if type(module) is nn.ReLU:

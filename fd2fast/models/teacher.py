@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fd2fast.artifacts import TeacherArtifact, write_safetensors
-from fd2fast.device import channels_last
 from fd2fast.errors import UserError
 from fd2fast.models.attention_head import AttentionHead
 from fd2fast.models.backbone import Backbone, build_backbone
+from fd2fast.system.device import channels_last
 
 # Side of the largest training images that a file may speak of, pixels: its network is tried on one.
 _MOST_SIDE = 4096

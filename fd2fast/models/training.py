@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fd2fast.device import fast_bf16
 from fd2fast.models import winograd
 from fd2fast.ops.cpu import native
+from fd2fast.system.device import fast_bf16
 
 # Tiles of 4 x 4 outputs for each channel pair's 36 products, below which transforming the weight costs more than it saves.
 _LEAST_TILES = 24

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from fd2fast import isa
 from fd2fast.artifacts import atomic_path
 from fd2fast.errors import UserError
 from fd2fast.models.convolution import Choices
 from fd2fast.models.fused import FusedTeacher
+from fd2fast.system import isa
 
 log = logging.getLogger("fd2fast")
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fd2fast import causes
 from fd2fast.errors import UserError
+from fd2fast.system import causes
 
 WANTED = "wanted a .pth or .safetensors file with the state dict of a model"
 _HEAD = 4096  # bytes looked at to tell the kind of a file

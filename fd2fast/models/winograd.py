@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fd2fast.models.held import Held
+from fd2fast.models.weight_forms import Held
 from fd2fast.ops.cpu import native
 
 Pair = tuple[int, int]

@@ -3,7 +3,6 @@
 from fd2fast.ops import cpu, eager, triton
 from fd2fast.ops.adam_clamp import adam_clamp_
 from fd2fast.ops.attention_similarity import attention_similarity_loss
-from fd2fast.ops.augment import crop_flip_roll
 from fd2fast.ops.bilinear_attention_pool import bilinear_attention_pool
 from fd2fast.ops.bn_matching import (
     bn_act,
@@ -13,6 +12,7 @@ from fd2fast.ops.bn_matching import (
     match_statistics,
     segment_statistics,
 )
+from fd2fast.ops.crop_flip_roll import crop_flip_roll
 from fd2fast.ops.max_pool import max_pool
 from fd2fast.ops.normalized_l2 import normalized_l2
 from fd2fast.ops.prototype_loss import prototype_loss

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 
 
 class _BatchNormLosses:

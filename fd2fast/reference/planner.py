@@ -23,7 +23,7 @@ MOST = 2**31 - 1  # ids and counts fit int32
 
 @dataclass
 class PlanLists:
-    """The fields of fd2fast.planner.Plan as plain lists."""
+    """The fields of fd2fast.distillation.planner.Plan as plain lists."""
 
     segments_per_step: int
     max_rows_per_step: int
@@ -54,7 +54,7 @@ def make_plan(
     bucket_sizes: list[int] | tuple[int, ...] | None = None,
     layout: str = "across",
 ) -> PlanLists:
-    """The plan by its definition; arguments and ValueErrors of fd2fast.planner.make_plan."""
+    """The plan by its definition; arguments and ValueErrors of fd2fast.distillation.planner.make_plan."""
     _at_least("classes", classes, 1)
     _at_least("ipc", ipc, 1)
     _at_least("group_size", group_size, 1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fd2fast.config import RunConfig
 from fd2fast.data import prepare
 from fd2fast.entries import Entry
 from fd2fast.graph import Job, StageSpec
+from fd2fast.settings.config import RunConfig
 
 
 def _jobs(run: RunConfig, entries: Sequence[Entry]) -> Iterator[Job]:

@@ -27,17 +27,15 @@ from fd2fast.artifacts import (
     read_json,
     write_json,
 )
-from fd2fast.config import DistillConfig, RunConfig, replace
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import grid, quantize, save_image
-from fd2fast.device import device_faults, pick_device, repeatable, settle_precision
-from fd2fast.engine import Engine
+from fd2fast.distillation.memory import StepMemory, beyond_memory, free_bytes, measure, too_small
+from fd2fast.distillation.planner import Plan, make_plan
+from fd2fast.distillation.runner import PlanRunner
+from fd2fast.distillation.start import Draws, Inputs
 from fd2fast.entries import Entry, folder_name, methods_of, teachers_of
 from fd2fast.errors import UserError, refuse
 from fd2fast.graph import Job, StageSpec
-from fd2fast.inputs import Draws, Inputs
-from fd2fast.lock import released_at_end
-from fd2fast.memory import StepMemory, beyond_memory, free_bytes, measure, too_small
 from fd2fast.methods import BASELINES, check_teachers, columns_of, filled, method_of, patch_factor
 from fd2fast.methods import faults as check_settings
 from fd2fast.models.convolution import Choices
@@ -47,11 +45,13 @@ from fd2fast.models.sight import must_see
 from fd2fast.models.teacher import load_teacher
 from fd2fast.models.tune import memory_file, tune
 from fd2fast.pictures import figure, picture, plotting, png
-from fd2fast.planner import Plan, make_plan
-from fd2fast.recipe import Recipe, recipe_of
-from fd2fast.space import Space
+from fd2fast.settings.config import DistillConfig, RunConfig, replace
+from fd2fast.settings.recipe import Recipe, recipe_of
 from fd2fast.step import map_dtype
-from fd2fast.workers import Workers, current, local_count
+from fd2fast.system.device import device_faults, pick_device, repeatable, settle_precision
+from fd2fast.system.lock import released_at_end
+from fd2fast.system.processes import Workers, current, local_count
+from fd2fast.system.space import Space
 
 logger = logging.getLogger("fd2fast")
 
@@ -75,7 +75,7 @@ def run(
     """Distil `config.ipc` images of every class; kind "images".
 
     teachers: in round-robin order. patches: initial images, where the method starts from them. draws[segment]: int [T, 7]
-    crop, flip and roll of every iteration (columns of fd2fast.planner.COLUMNS, for images of the phase's side) in place of
+    crop, flip and roll of every iteration (columns of planner.COLUMNS, for images of the phase's side) in place of
     the counter-based ones; prior_draws[segment]: int [P, 7], one line per prior image, row by row of the segment, ids
     ascending (`prior_view` augmented). Both are recorded by their hash.
 
@@ -240,7 +240,7 @@ def _optimise(
         inputs = Inputs(
             recipe, plan, dataset, patches, loaded, stage.path, device, draws=draws, prior_draws=prior_draws
         )
-        engine = Engine(recipe, stage, inputs, fused, memory, workers)
+        engine = PlanRunner(recipe, stage, inputs, fused, memory, workers)
         iterations = engine.run()
         if workers.rank == 0:
             _write_overviews(engine, stage.path, choices.chosen)
@@ -298,7 +298,7 @@ def _select(
     device: torch.device,
 ) -> None:
     """Real images or crops picked by a baseline, written like distilled ones."""
-    from fd2fast import baselines
+    from fd2fast.students import baselines
 
     picked = baselines.select(config.method, config.ipc, dataset, teacher, patches, config.seed, device)
     chosen = torch.from_numpy(picked)
@@ -383,7 +383,7 @@ def _convolutions(
     return workers.first(settle)
 
 
-def _write_overviews(engine: Engine, path: Path, convolutions: Mapping[str, str]) -> None:
+def _write_overviews(engine: PlanRunner, path: Path, convolutions: Mapping[str, str]) -> None:
     """plan.json with the steps and algorithms as they were run, the losses with their picture, and the picture of the images."""
     plan, columns = engine.plan, columns_of(engine.recipe)
     found: dict[int, dict[str, Any]] = {}

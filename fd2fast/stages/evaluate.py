@@ -9,25 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fd2fast import student, threads
 from fd2fast.artifacts import Dataset, Images, Labels, Metrics, MetricsFacts, made, open_stage, read_json, write_json
-from fd2fast.config import EvaluateConfig, RunConfig, replace, wrong_settings
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.store import load_split
 from fd2fast.data.views import batch_offsets
-from fd2fast.device import device_faults, pick_device, settle_precision
+from fd2fast.distillation.memory import beyond_memory, map_bytes
 from fd2fast.entries import Entry, folder_name, short_name
 from fd2fast.errors import UserError, refuse
 from fd2fast.graph import Job, StageSpec
-from fd2fast.lock import released_at_end
-from fd2fast.memory import beyond_memory, map_bytes
 from fd2fast.models.classifier import check_classifier
 from fd2fast.models.probe import probe
 from fd2fast.pictures import figure, picture, plotting, png
-from fd2fast.pool import Task, side_by_side
-from fd2fast.progress import Progress
-from fd2fast.space import Space
-from fd2fast.streams import plain
+from fd2fast.settings.config import EvaluateConfig, RunConfig, replace, wrong_settings
+from fd2fast.students import student
+from fd2fast.system import threads
+from fd2fast.system.device import device_faults, pick_device, settle_precision
+from fd2fast.system.lock import released_at_end
+from fd2fast.system.progress import Progress
+from fd2fast.system.space import Space
+from fd2fast.system.streams import plain
+from fd2fast.system.tasks import Task, side_by_side
 
 # Students that the picture's legend names.
 _NAMED = 12
@@ -137,7 +138,9 @@ class _Opened:
 
     def task(self, seed: int) -> Task:
         given = student.arguments(self.config, self.stage.path, self.dataset, self.images, self.labels, seed)
-        return Task(f"student {self.config.model}, seed {seed}, of {self.name}", "fd2fast.student:train", given)
+        return Task(
+            f"student {self.config.model}, seed {seed}, of {self.name}", "fd2fast.students.student:train", given
+        )
 
     def finish_if_complete(self) -> None:
         """Write the artifact when its last student is there."""

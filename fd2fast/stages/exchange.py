@@ -20,10 +20,10 @@ from fd2fast.artifacts import (
     open_stage,
 )
 from fd2fast.errors import UserError
-from fd2fast.lock import OURS, TEMPORARY, own, released_at_end
-from fd2fast.models.pool import export_teacher, import_checkpoint
+from fd2fast.models.released_checkpoints import export_teacher, import_checkpoint
 from fd2fast.models.teacher import Teacher
-from fd2fast.sources import of_file
+from fd2fast.system.lock import OURS, TEMPORARY, own, released_at_end
+from fd2fast.system.sources import of_file
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,20 @@ from torch.nn import functional as F
 
 from fd2fast import ops, seeding
 from fd2fast.artifacts import Dataset, Patches, PatchesFacts, Stage, TeacherArtifact, open_stage, sync_folder
-from fd2fast.config import PatchesConfig, RunConfig, replace, wrong_settings
-from fd2fast.data.augment import crop_boxes
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import grid, normalise, read_image, save_image
+from fd2fast.data.pretrain_views import crop_boxes
 from fd2fast.data.store import ImageSet, load_split
-from fd2fast.device import device_faults, pick_device
 from fd2fast.entries import Entry, patch_factors
 from fd2fast.errors import refuse
 from fd2fast.graph import Job, StageSpec
-from fd2fast.lock import released_at_end
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.pictures import picture
-from fd2fast.progress import Progress
-from fd2fast.space import Space
+from fd2fast.settings.config import PatchesConfig, RunConfig, replace, wrong_settings
+from fd2fast.system.device import device_faults, pick_device
+from fd2fast.system.lock import released_at_end
+from fd2fast.system.progress import Progress
+from fd2fast.system.space import Space
 
 _STATE = "classes.pt"
 _PIXELS_PER_PASS = 1 << 22  # of one colour channel: bounds the memory of a scoring pass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fd2fast import seeding, threads
+from fd2fast import seeding
 from fd2fast.artifacts import (
     STATE,
     Dataset,
@@ -26,17 +26,14 @@ from fd2fast.artifacts import (
     resumable,
     write_json,
 )
-from fd2fast.config import PretrainConfig, RunConfig, replace, wrong_settings
-from fd2fast.data.augment import crop_resize, pretrain_views
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import normalise
+from fd2fast.data.pretrain_views import crop_resize, pretrain_views
 from fd2fast.data.store import ImageSet, load_split
-from fd2fast.device import autocast, channels_last, device_faults, pick_device, repeatable, settle_precision
+from fd2fast.distillation.memory import beyond_memory, map_bytes
 from fd2fast.entries import Entry, folder_name, short_name
 from fd2fast.errors import UserError, refuse
 from fd2fast.graph import Job, StageSpec
-from fd2fast.lock import released_at_end
-from fd2fast.memory import beyond_memory, map_bytes
 from fd2fast.models.attention_views import crop_and_drop
 from fd2fast.models.backbone import build_backbone, canonical_name, hub_name, load_weights, native_size
 from fd2fast.models.probe import check_weights, probe
@@ -45,10 +42,14 @@ from fd2fast.models.sight import must_see
 from fd2fast.models.teacher import Teacher
 from fd2fast.models.training import accelerate
 from fd2fast.pictures import figure, picture, plotting, png
-from fd2fast.progress import Progress
-from fd2fast.sources import HUB, Source, of_file
-from fd2fast.space import Space
-from fd2fast.streams import plain
+from fd2fast.settings.config import PretrainConfig, RunConfig, replace, wrong_settings
+from fd2fast.system import threads
+from fd2fast.system.device import autocast, channels_last, device_faults, pick_device, repeatable, settle_precision
+from fd2fast.system.lock import released_at_end
+from fd2fast.system.progress import Progress
+from fd2fast.system.sources import HUB, Source, of_file
+from fd2fast.system.space import Space
+from fd2fast.system.streams import plain
 
 # (attention maps M, alpha) by data set and backbone: the paper's App. Table 3
 PAPER_SETTINGS: dict[str, dict[str, tuple[int, float]]] = {

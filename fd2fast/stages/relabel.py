@@ -28,7 +28,6 @@ from fd2fast.artifacts import (
     write_npy,
     writing,
 )
-from fd2fast.config import RelabelConfig, RunConfig, replace, wrong_settings
 from fd2fast.data.distilled import load_images
 from fd2fast.data.outline import Outline
 from fd2fast.data.views import (
@@ -44,16 +43,17 @@ from fd2fast.data.views import (
     replay,
     usual_batch_size,
 )
-from fd2fast.device import device_faults, pick_device
 from fd2fast.entries import Entry, folder_name, teachers_of
 from fd2fast.errors import UserError, refuse
 from fd2fast.graph import Job, StageSpec
-from fd2fast.lock import released_at_end
 from fd2fast.models.probe import probe
 from fd2fast.models.teacher import Teacher, load_teacher
 from fd2fast.models.training import accelerate
-from fd2fast.progress import Progress
-from fd2fast.space import Space
+from fd2fast.settings.config import RelabelConfig, RunConfig, replace, wrong_settings
+from fd2fast.system.device import device_faults, pick_device
+from fd2fast.system.lock import released_at_end
+from fd2fast.system.progress import Progress
+from fd2fast.system.space import Space
 
 # Seconds between saves of unfinished work.
 SAVE_SECONDS = 10.0

@@ -14,9 +14,9 @@ from fd2fast.artifacts import Dataset, Images, Metrics, TeacherArtifact, write_b
 from fd2fast.data.pixels import read_image
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
-from fd2fast.lock import own
 from fd2fast.pictures import figure, picture, plotting, png
-from fd2fast.streams import plain
+from fd2fast.system.lock import own
+from fd2fast.system.streams import plain
 
 _GRID_CLASSES, _GRID_IDS, _GRID_SETS = 20, 3, 24
 # Rows of the table that the picture of accuracies shows.

@@ -12,7 +12,7 @@ from torch import Tensor
 from fd2fast.errors import UserError
 from fd2fast.models.fused import FusedTeacher
 from fd2fast.models.teacher import Teacher
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 from fd2fast.step.phases import Phases
 from fd2fast.step.schedule import Priors
 from fd2fast.step.tables import COLUMNS

@@ -15,7 +15,7 @@ from fd2fast.methods import Term
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher
 from fd2fast.ops.cpu import native
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 from fd2fast.step.capture import Captures, CudaRecorder
 from fd2fast.step.checks import check_images, check_priors, check_table, check_teachers
 from fd2fast.step.iteration import Iteration

@@ -11,7 +11,7 @@ from torch import Tensor
 from fd2fast import ops
 from fd2fast.methods import HEAD, Term, columns_of, losses_of
 from fd2fast.models.fused import FusedTeacher
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 from fd2fast.step.schedule import ResizedPriors, Task
 
 

@@ -7,7 +7,7 @@ import itertools
 import torch.nn.functional as F
 from torch import Tensor
 
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 
 
 class Phases:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 
 # Turns of a round robin that are prepared; committees of many different lengths would take their product.
 _MOST_TURNS = 1024

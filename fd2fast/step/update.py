@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fd2fast import ops
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 from fd2fast.step.state import BY_ROW, State
 
 _GROWTH_INTERVAL = 2000

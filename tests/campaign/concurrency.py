@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from fd2fast import lock
+from fd2fast.system import lock
 
 from . import forks, material, results
 

@@ -68,11 +68,12 @@ def load() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from fd2fast import engine, student
+    from fd2fast.distillation import runner
     from fd2fast.stages import relabel
+    from fd2fast.students import student
 
     # saves as often as there can be any, so that accidents meet them
-    engine._SAVE_SECONDS = relabel.SAVE_SECONDS = student.SAVE_SECONDS = 0.0  # type: ignore[misc]
+    runner._SAVE_SECONDS = relabel.SAVE_SECONDS = student.SAVE_SECONDS = 0.0  # type: ignore[misc]
     _draw()
     # collections in the forks pass over what is here, which they would else have to copy
     gc.collect()

@@ -121,8 +121,8 @@ def image(room: Room, rng: random.Random) -> Callable[[], Any]:
 
 def image_folder(room: Room, rng: random.Random) -> Callable[[], Any]:
     """A folder data set with bad files, names, links and folders, prepared."""
-    from fd2fast.config import DataConfig
     from fd2fast.data.prepare import describe, prepare
+    from fd2fast.settings.config import DataConfig
 
     root = room.here / "data"
     shutil.copytree(room.data, root)
@@ -200,12 +200,13 @@ def manifest(room: Room, rng: random.Random) -> Callable[[], Any]:
 
 def _read_artifact(name: str, path: Path, room: Room) -> None:
     """As the stages do that take it as an input."""
-    from fd2fast import artifacts, student
-    from fd2fast.config import EvaluateConfig
+    from fd2fast import artifacts
     from fd2fast.data.distilled import load_images
     from fd2fast.data.store import load_split
     from fd2fast.models.teacher import load_teacher
+    from fd2fast.settings.config import EvaluateConfig
     from fd2fast.stages.exchange import export_artifact
+    from fd2fast.students import student
 
     kind = {
         "datasets": "dataset",
@@ -239,7 +240,7 @@ def _read_artifact(name: str, path: Path, room: Room) -> None:
             for _ in lessons.epoch(epoch):
                 pass
     elif name == "patches":
-        from fd2fast.config import DistillConfig
+        from fd2fast.settings.config import DistillConfig
         from fd2fast.stages.distill import _fitting_parents
 
         dataset = artifacts.load(room.good("datasets"), "dataset")
@@ -259,8 +260,8 @@ def run_folder(room: Room, rng: random.Random) -> Callable[[], Any]:
 
 def output_folder(room: Room, rng: random.Random) -> Callable[[], Any]:
     """A begun or finished output folder with damaged records, given to the stage that it belongs to."""
-    from fd2fast.config import DataConfig
     from fd2fast.data.prepare import prepare
+    from fd2fast.settings.config import DataConfig
 
     path, state = room.here / "out", room.here / "out" / "state"
     shutil.copytree(room.good("datasets"), path)
@@ -291,7 +292,7 @@ def _zeros(shape: tuple[int, ...]) -> Any:
 def toml(room: Room, rng: random.Random) -> Callable[[], Any]:
     """Settings of a run."""
     from fd2fast.pipeline import check
-    from fd2fast.presets import from_toml, preset
+    from fd2fast.settings.presets import from_toml, preset
 
     good = material.RUN + '\nout = "x"\n[data]\nroot = "~/x"\n' if rng.random() < 0.1 else material.RUN
     kind = rng.random()
@@ -327,7 +328,7 @@ def checkpoint(room: Room, rng: random.Random) -> Callable[[], Any]:
 
     from fd2fast.artifacts import read_torch
     from fd2fast.models.backbone import build_backbone, load_weights
-    from fd2fast.models.pool import import_checkpoint
+    from fd2fast.models.released_checkpoints import import_checkpoint
 
     torch.manual_seed(0)
     reference = rng.random() < 0.3
@@ -389,8 +390,8 @@ def font(room: Room, rng: random.Random) -> Callable[[], Any]:
     """A folder of typefaces, one of them bad, chosen from and drawn."""
     import matplotlib
 
-    from fd2fast.config import DataConfig
     from fd2fast.data import typefaces
+    from fd2fast.settings.config import DataConfig
 
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     good = sorted(fonts.glob("DejaVuSans*.ttf"))

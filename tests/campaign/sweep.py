@@ -231,7 +231,7 @@ class Sweep:
 
     def _forked(self) -> int:
         """0 in the fork, which owns what this process owns and speaks into files."""
-        from fd2fast import lock
+        from fd2fast.system import lock
 
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

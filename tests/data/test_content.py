@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fd2fast import artifacts, sources
+from fd2fast import artifacts
 from fd2fast.artifacts import Artifact, load
-from fd2fast.config import DataConfig, replace
 from fd2fast.data import prepare as module
 from fd2fast.data import typefaces
 from fd2fast.data.prepare import prepare
 from fd2fast.errors import UserError
+from fd2fast.settings.config import DataConfig, replace
+from fd2fast.system import sources
 
 CLASSES = ("ant", "bee", "cat")
 

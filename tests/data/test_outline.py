@@ -3,9 +3,9 @@
 import pytest
 from model_tools import make_dataset
 
-from fd2fast.config import DataConfig
 from fd2fast.data.outline import Outline, outline_of, outline_on_disk
 from fd2fast.errors import UserError
+from fd2fast.settings.config import DataConfig
 
 
 def test_a_folder_is_counted_without_reading_a_picture(tmp_path):

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from fd2fast.artifacts import config_dict, load
-from fd2fast.config import DataConfig, replace
 from fd2fast.data import prepare as module
 from fd2fast.data.layouts import STATISTICS
 from fd2fast.data.pixels import read_image
 from fd2fast.data.prepare import describe, measure, prepare
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
+from fd2fast.settings.config import DataConfig, replace
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from fd2fast.artifacts import Artifact, open_stage, write_npy
-from fd2fast.config import DataConfig
 from fd2fast.data.pixels import normalise
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
+from fd2fast.settings.config import DataConfig
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fd2fast.config import DataConfig, replace
 from fd2fast.data import typefaces
 from fd2fast.data.prepare import prepare
 from fd2fast.errors import UserError
+from fd2fast.settings.config import DataConfig, replace
 
 SMALL = DataConfig(size=32, classes=3, train_per_class=3, test_per_class=2)
 
@@ -188,7 +188,7 @@ def test_images_that_a_power_cut_left_unfinished_are_drawn_again(left: str, tmp_
 def test_kill_9_and_again(tmp_path: Path) -> None:
     config = replace(SMALL, train_per_class=100)
     code = (
-        "import sys; from fd2fast.config import DataConfig; from fd2fast.data.prepare import prepare; "
+        "import sys; from fd2fast.settings.config import DataConfig; from fd2fast.data.prepare import prepare; "
         "prepare(DataConfig(size=32, classes=3, train_per_class=100, test_per_class=2), sys.argv[1])"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stderr=subprocess.DEVNULL) as process:

@@ -10,7 +10,6 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from fd2fast.artifacts import Labels, write_npy
-from fd2fast.config import EvaluateConfig, RelabelConfig, replace
 from fd2fast.data.views import (
     PER_EPOCH,
     TRIES,
@@ -31,6 +30,7 @@ from fd2fast.data.views import (
     usual_batch_size,
 )
 from fd2fast.errors import UserError
+from fd2fast.settings.config import EvaluateConfig, RelabelConfig, replace
 
 SETTINGS = ViewSettings(seed=7)
 SIZE, IMAGES = 16, 11

@@ -15,7 +15,7 @@ from fd2fast.dropin.pool import Loaded, Member, consume_initial_weights, load_po
 from fd2fast.errors import UserError
 from fd2fast.models.attention_head import AttentionHead
 from fd2fast.models.fused import fuse
-from fd2fast.models.pool import CENTERS, HEAD
+from fd2fast.models.released_checkpoints import CENTERS, HEAD
 
 # Channels of the last map, BN layers, first and last of them, some tensors and their shapes.
 SMALL_ONES = {

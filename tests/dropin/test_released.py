@@ -17,7 +17,7 @@ from dropin_tools import CASES, Laid, lay_out
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd2fast import engine
+from fd2fast.distillation import runner
 
 # Relative L2. Measured: 2e-15 (sre2l) and 6e-12 (fadrm).
 IMAGE_BOUND = 1e-8
@@ -35,9 +35,9 @@ def made(
         passed.extend(images.double().contiguous().numpy())
         return quantize(images, *rest)
 
-    quantize = engine.quantize
+    quantize = runner.quantize
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "quantize", watched)
+        patch.setattr(runner, "quantize", watched)
         assert importlib.import_module(f"fd2fast.dropin.{laid.script}").main(laid.arguments) == 0
     keys = [(label, image_id) for image_id in range(laid.case["ipc"]) for label in range(laid.case["classes"])]
     return laid, dict(zip(keys, passed, strict=True))

@@ -5,11 +5,11 @@ import timm
 import torch
 from torch import nn
 
-from fd2fast.device import channels_last
 from fd2fast.errors import UserError
 from fd2fast.models import classifier, sight
 from fd2fast.models.backbone import build_backbone, timm_sizes
 from fd2fast.models.classifier import Classifier, build_classifier, check_classifier
+from fd2fast.system.device import channels_last
 
 
 class Small(nn.Module):

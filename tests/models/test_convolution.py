@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fd2fast.models import convolution, frozen
+from fd2fast.models import convolution
+from fd2fast.models import frozen_layers as frozen
 from fd2fast.models.convolution import Choices
 from fd2fast.ops.cpu import native
 

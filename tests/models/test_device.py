@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fd2fast import device
-from fd2fast.device import autocast, pick_device
 from fd2fast.errors import UserError
+from fd2fast.system import device
+from fd2fast.system.device import autocast, pick_device
 
 
 def test_auto_takes_a_gpu_when_there_is_one(monkeypatch):
@@ -48,8 +48,8 @@ def test_an_unknown_precision_is_refused():
 
 
 def test_auto_precision_is_settled_before_the_manifest_is_written(monkeypatch):
-    from fd2fast import device
-    from fd2fast.config import EvaluateConfig
+    from fd2fast.settings.config import EvaluateConfig
+    from fd2fast.system import device
 
     config = EvaluateConfig(device="cpu")
     for fast, expected in ((True, "bf16"), (False, "fp32")):

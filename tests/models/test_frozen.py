@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from bench.numerics import check_gradient, check_output
 from fd2fast import ops, reference
-from fd2fast.models import convolution, frozen
+from fd2fast.models import convolution
+from fd2fast.models import frozen_layers as frozen
 from fd2fast.ops import _dispatch
 from fd2fast.ops.bn_matching import ACTIVATIONS
 from fd2fast.ops.cpu import native

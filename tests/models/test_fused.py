@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fd2fast import ops
 from fd2fast.errors import UserError
-from fd2fast.models import frozen
+from fd2fast.models import frozen_layers as frozen
 from fd2fast.models.backbone import Backbone, build_backbone
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.rewrite import by_modules

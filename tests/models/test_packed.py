@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from distill_tools import tiny_teacher
 
-from fd2fast.models import frozen, packed
+from fd2fast.models import frozen_layers as frozen
+from fd2fast.models import packed_convolution as packed
 from fd2fast.models.fused import fuse
 from fd2fast.ops.cpu import native
 

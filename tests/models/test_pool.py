@@ -5,7 +5,7 @@ import torch
 
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone, load_weights
-from fd2fast.models.pool import alpha_text, export_teacher, import_checkpoint, pool_name
+from fd2fast.models.released_checkpoints import alpha_text, export_teacher, import_checkpoint, pool_name
 from fd2fast.models.teacher import Teacher
 
 

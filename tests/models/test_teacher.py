@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fd2fast.artifacts import Artifact, open_stage
-from fd2fast.config import PretrainConfig
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone
 from fd2fast.models.teacher import Teacher, load_teacher
+from fd2fast.settings.config import PretrainConfig
 
 
 def make(name="timm:resnet10t,output_stride=16", classes=3, maps=2):

@@ -5,7 +5,7 @@ import torch
 
 from bench.numerics import check_gradient, check_output
 from fd2fast import ops
-from fd2fast.ops.cpu import augment
+from fd2fast.ops.cpu import crop_flip_roll as augment
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 SIZES = [(5, 6, 6), (3, 4, 7), (1, 2, 3), (2, 9, 9), (33, 31, 48), (24, 24, 24)]

@@ -82,7 +82,7 @@ def test_info_lists_what_runs_here():
 
 
 def test_extensions_that_are_not_built_are_the_reason(monkeypatch):
-    monkeypatch.setattr(sys.modules["fd2fast.ops.cpu.augment"], "WHY_NOT", "the C++ kernels are not built: gone")
+    monkeypatch.setattr(sys.modules["fd2fast.ops.cpu.crop_flip_roll"], "WHY_NOT", "the C++ kernels are not built: gone")
     images, rows = torch.randn(1, 3, 4, 4), [[0, 0, 4, 4, 0, 0, 0]]
     with pytest.raises(ValueError, match="backend cpu was asked for, but the C.. kernels are not built: gone"):
         ops.crop_flip_roll(images, rows, [0, 1], 4, backend="cpu")

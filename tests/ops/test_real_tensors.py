@@ -5,10 +5,10 @@ import torch
 from distill_tools import MEAN, OTHER, STD, tiny_config, tiny_teacher
 
 from bench.numerics import check_gradient, check_output
+from fd2fast.distillation.planner import iteration_table
 from fd2fast.models.fused import fuse
 from fd2fast.ops import _dispatch
 from fd2fast.ops._batch_norm import BatchNorm
-from fd2fast.planner import iteration_table
 from fd2fast.step import GroupedStep, Priors
 
 pytest.importorskip("triton")

@@ -14,19 +14,20 @@ from distill_tools import MEAN, OTHER, STD, make_dataset, make_patches, make_tea
 from PIL import Image
 
 import fd2fast
-from fd2fast import engine, lock
 from fd2fast.artifacts import Artifact, file_digest, load
-from fd2fast.config import DistillConfig, replace
+from fd2fast.distillation import runner
+from fd2fast.distillation.memory import StepMemory, measure
+from fd2fast.distillation.planner import iteration_table, make_plan
 from fd2fast.errors import UserError
-from fd2fast.memory import StepMemory, measure
 from fd2fast.methods import resolve
 from fd2fast.models import convolution
 from fd2fast.models.fused import fuse
 from fd2fast.models.teacher import load_teacher
-from fd2fast.planner import iteration_table, make_plan
 from fd2fast.reference.loop import crop_flip_roll, optimise_segment, prior_attention
+from fd2fast.settings.config import DistillConfig, replace
 from fd2fast.stages import distill
 from fd2fast.step import TERMS, GroupedStep
+from fd2fast.system import lock
 
 CLASSES, SIZE = 5, 32
 LOW = [-m / s for m, s in zip(MEAN, STD, strict=True)]
@@ -270,8 +271,8 @@ def init_patches(room: types.SimpleNamespace, tmp_path: Path) -> Artifact:
 KILL = """
 import os, signal, sys
 from fd2fast import artifacts
-from fd2fast.config import DistillConfig, replace
-from fd2fast import engine
+from fd2fast.settings.config import DistillConfig, replace
+from fd2fast.distillation import runner
 from fd2fast.stages import distill
 from fd2fast.step import GroupedStep
 import torch
@@ -289,7 +290,7 @@ def deadly(original):
 if what == "iterate":
     GroupedStep.iterate = deadly(GroupedStep.iterate)
 else:
-    engine.save_image = deadly(engine.save_image)
+    runner.save_image = deadly(runner.save_image)
 load = lambda name, kind: artifacts.load(f"{root}/{name}", kind)
 config = DistillConfig(method="fadrm+_fd2", ipc=2, group_size=2, segment_size=3, segments_per_step=2,
                        iterations=(5, 6), sizes=(16, 32), save_every=4, precision="fp32")
@@ -354,7 +355,7 @@ def test_baselines_are_written_like_distilled_images(room: types.SimpleNamespace
 
     with pytest.MonkeyPatch.context() as patched:
         fake = types.SimpleNamespace(select=select)
-        patched.setitem(sys.modules, "fd2fast.baselines", fake)
+        patched.setitem(sys.modules, "fd2fast.students.baselines", fake)
         patched.setattr(fd2fast, "baselines", fake, raising=False)
         made = distill.run(settings(method="random", ipc=2), tmp_path / "a", room.dataset, [room.teacher])
         with pytest.raises(UserError, match="'rded' starts from patches and none were given"):
@@ -401,7 +402,7 @@ def test_what_does_not_fit_is_refused(room: types.SimpleNamespace, tmp_path: Pat
 
 def test_a_damaged_prior_is_named(room: types.SimpleNamespace, tmp_path: Path) -> None:
     config = settings(method="sre2l++_fd2", ipc=2, segments_per_step=1, iterations=(2,))
-    original = engine.save_image
+    original = runner.save_image
 
     def damage(path: Path, pixels: torch.Tensor, extension: str) -> None:
         original(path, pixels, extension)
@@ -409,7 +410,7 @@ def test_a_damaged_prior_is_named(room: types.SimpleNamespace, tmp_path: Path) -
             path.write_bytes(b"")
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engine, "save_image", damage)
+        patched.setattr(runner, "save_image", damage)
         with pytest.raises(UserError, match="class001_id000.png.*0 bytes"):
             distill.run(config, tmp_path / "a", room.dataset, [room.teacher], room.patches)
 

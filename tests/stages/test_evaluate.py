@@ -15,16 +15,18 @@ import torch
 from distill_tools import make_dataset, make_teacher
 from safetensors.torch import load_file
 
-from fd2fast import seeding, student, threads
+from fd2fast import seeding
 from fd2fast.artifacts import load, open_stage
-from fd2fast.config import DistillConfig, EvaluateConfig, RelabelConfig, replace
 from fd2fast.data.distilled import load_images
 from fd2fast.data.pixels import save_image
 from fd2fast.data.store import load_split
 from fd2fast.data.views import Source, open_views, replay
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone
+from fd2fast.settings.config import DistillConfig, EvaluateConfig, RelabelConfig, replace
 from fd2fast.stages import evaluate, relabel
+from fd2fast.students import student
+from fd2fast.system import threads
 
 CONFIG = EvaluateConfig(model="timm:test_resnet", seeds=(0, 1), eval_every=2)
 
@@ -206,9 +208,10 @@ def test_equal_seeds_give_equal_students_and_others_differ(made, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from fd2fast import artifacts, student
-from fd2fast.config import EvaluateConfig
-from fd2fast import student
+from fd2fast import artifacts
+from fd2fast.students import student
+from fd2fast.settings.config import EvaluateConfig
+from fd2fast.students import student
 from fd2fast.stages import evaluate
 student.SAVE_SECONDS = 0.0
 folder, out, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -268,8 +271,9 @@ def test_side_by_side_equals_alone(made, tmp_path, monkeypatch):
 
 BESIDE = """
 import sys
-from fd2fast import artifacts, student
-from fd2fast.config import EvaluateConfig
+from fd2fast import artifacts
+from fd2fast.students import student
+from fd2fast.settings.config import EvaluateConfig
 from fd2fast.stages import evaluate
 folder, out = sys.argv[1:]
 load = artifacts.load

@@ -12,11 +12,11 @@ from distill_tools import make_dataset
 from PIL import Image
 
 from fd2fast.artifacts import MANIFEST, TeacherArtifact, identity_digest, load, open_stage, write_json
-from fd2fast.config import DistillConfig, PretrainConfig
 from fd2fast.data.pixels import save_image
 from fd2fast.errors import UserError
 from fd2fast.models.backbone import build_backbone
 from fd2fast.models.teacher import Teacher
+from fd2fast.settings.config import DistillConfig, PretrainConfig
 from fd2fast.stages import exchange
 from fd2fast.stages.exchange import export_artifact, import_teacher
 

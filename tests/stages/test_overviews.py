@@ -11,8 +11,15 @@ from PIL import Image
 
 from fd2fast import pictures
 from fd2fast.artifacts import Artifact
-from fd2fast.config import DataConfig, DistillConfig, EvaluateConfig, PatchesConfig, PretrainConfig, RelabelConfig
 from fd2fast.data.prepare import describe, prepare
+from fd2fast.settings.config import (
+    DataConfig,
+    DistillConfig,
+    EvaluateConfig,
+    PatchesConfig,
+    PretrainConfig,
+    RelabelConfig,
+)
 from fd2fast.stages import distill, evaluate, patches, pretrain, relabel, report
 
 NAMES = (b"caf\xe9 moineau", b"$\\frac{a}{_b^", b"\x1b[31mred\x07", b"\xf0\x9f\x90\xa6 \xe0\xb8\x99\xe0\xb8\x81")

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from fd2fast import artifacts, seeding
-from fd2fast.config import PatchesConfig
-from fd2fast.data.augment import crop_boxes
 from fd2fast.data.pixels import normalise, read_image
+from fd2fast.data.pretrain_views import crop_boxes
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
 from fd2fast.models.teacher import load_teacher
+from fd2fast.settings.config import PatchesConfig
 from fd2fast.stages import patches
 
 
@@ -167,7 +167,7 @@ def test_data_that_do_not_fit_are_refused(tmp_path, inputs):
 KILLED = """
 import os, signal, sys
 from fd2fast import artifacts
-from fd2fast.config import PatchesConfig
+from fd2fast.settings.config import PatchesConfig
 from fd2fast.stages import patches
 save, calls = patches.save_image, []
 def dies(path, pixels):

@@ -15,14 +15,14 @@ from model_tools import TINY, make_dataset, tree_bytes
 from torch.nn import functional as F
 
 from fd2fast import artifacts
-from fd2fast.config import PretrainConfig
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
 from fd2fast.models.attention_views import crop_and_drop
 from fd2fast.models.backbone import build_backbone, hub_name
 from fd2fast.models.teacher import load_teacher
-from fd2fast.progress import Progress
+from fd2fast.settings.config import PretrainConfig
 from fd2fast.stages import pretrain
+from fd2fast.system.progress import Progress
 
 QUICK = PretrainConfig(
     model=TINY,
@@ -242,7 +242,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, dataset, changes, monkey
 def test_kill_9_and_the_same_command_again_ends_in_the_same_bytes(tmp_path, dataset):
     out = tmp_path / "killed"
     script = (
-        "import sys; from fd2fast import artifacts; from fd2fast.config import PretrainConfig;"
+        "import sys; from fd2fast import artifacts; from fd2fast.settings.config import PretrainConfig;"
         "from fd2fast.stages import pretrain; import torch; torch.set_num_threads(1);"
         f"pretrain.run(PretrainConfig(model={TINY!r}, epochs=400, batch_size=8, eval_every=2),"
         "sys.argv[1], artifacts.load(sys.argv[2]))"

@@ -16,12 +16,12 @@ from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
 from fd2fast.artifacts import Artifact, file_digest, load, open_stage
-from fd2fast.config import DistillConfig, RelabelConfig, replace
 from fd2fast.data.distilled import load_images
 from fd2fast.data.pixels import save_image
 from fd2fast.data.views import Views, ViewSettings, batch_offsets, draw_views, open_views
 from fd2fast.errors import UserError
 from fd2fast.models.teacher import load_teacher
+from fd2fast.settings.config import DistillConfig, RelabelConfig, replace
 from fd2fast.stages import relabel
 
 CLASSES, SIZE, IPC = 4, 32, 3
@@ -173,7 +173,7 @@ def files_of(artifact: Artifact) -> dict[str, str]:
 KILL = """
 import os, signal, sys
 from fd2fast import artifacts
-from fd2fast.config import RelabelConfig
+from fd2fast.settings.config import RelabelConfig
 from fd2fast.stages import relabel
 root, out = sys.argv[1:]
 relabel.SAVE_SECONDS, relabel.images_at_once = 0.0, lambda size: 24  # a save after every 2 epochs

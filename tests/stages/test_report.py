@@ -11,9 +11,9 @@ from distill_tools import make_dataset, make_teacher
 from PIL import Image
 
 from fd2fast.artifacts import Artifact, open_stage, write_json
-from fd2fast.config import DistillConfig, EvaluateConfig
 from fd2fast.data.pixels import save_image
 from fd2fast.errors import UserError
+from fd2fast.settings.config import DistillConfig, EvaluateConfig
 from fd2fast.stages import report
 
 CLASSES, SIZE = 3, 32

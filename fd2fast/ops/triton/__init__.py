@@ -3,9 +3,9 @@
 from fd2fast.ops.triton import (
     adam_clamp,
     attention_similarity,
-    augment,
     bilinear_attention_pool,
     bn_matching,
+    crop_flip_roll,
     max_pool,
     prototype_loss,
 )
@@ -13,7 +13,7 @@ from fd2fast.ops.triton import (
 __all__ = [
     "adam_clamp",
     "attention_similarity",
-    "augment",
+    "crop_flip_roll",
     "bilinear_attention_pool",
     "bn_matching",
     "max_pool",

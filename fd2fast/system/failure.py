@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from fd2fast import causes
+from fd2fast.system import causes
 
 SURROUNDINGS, INTERNAL = 1, 70
 _PACKAGES = (

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Interval, MinLen
 
-from fd2fast.ranges import (
+from fd2fast.settings.ranges import (
     AnySeed,
     Area,
     Below1,

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fd2fast import threads
 from fd2fast.errors import UserError
-from fd2fast.streams import open_closed, steady
+from fd2fast.system import threads
+from fd2fast.system.streams import open_closed, steady
 
 # Variables of a torchrun job, which its processes' children do not belong to.
 _JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
@@ -82,7 +82,7 @@ class _Worker:
         self.number = number
         self.task: int | None = None
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fd2fast.pool"],
+            [sys.executable, "-P", "-m", "fd2fast.system.tasks"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

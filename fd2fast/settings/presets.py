@@ -9,8 +9,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from fd2fast.causes import of_reading
-from fd2fast.config import (
+from fd2fast.errors import UserError, nearest
+from fd2fast.settings.config import (
     DataConfig,
     DistillConfig,
     EvaluateConfig,
@@ -19,8 +19,8 @@ from fd2fast.config import (
     RelabelConfig,
     RunConfig,
 )
-from fd2fast.errors import UserError, nearest
-from fd2fast.ranges import fill
+from fd2fast.settings.ranges import fill
+from fd2fast.system.causes import of_reading
 
 _TEACHERS = ("ResNet18", "MobileNetV2", "ResNet50", "DenseNet121")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fd2fast import seeding, threads
+from fd2fast import seeding
 from fd2fast.artifacts import (
     STATE,
     Artifact,
@@ -32,7 +32,6 @@ from fd2fast.artifacts import (
     write_safetensors,
     write_torch,
 )
-from fd2fast.config import EvaluateConfig
 from fd2fast.data.distilled import load_images
 from fd2fast.data.store import ImageSet, load_split
 from fd2fast.data.views import (
@@ -48,10 +47,12 @@ from fd2fast.data.views import (
     open_views,
     replay,
 )
-from fd2fast.device import autocast, channels_last, pick_device, repeatable
 from fd2fast.errors import UserError
 from fd2fast.models.classifier import build_classifier
 from fd2fast.models.training import accelerate
+from fd2fast.settings.config import EvaluateConfig
+from fd2fast.system import threads
+from fd2fast.system.device import autocast, channels_last, pick_device, repeatable
 
 # Epochs of a student without a label store to say otherwise (CV-DD).
 USUAL_EPOCHS = 300

@@ -15,17 +15,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fd2fast import threads
 from fd2fast.artifacts import read_json, write_json
 from fd2fast.data.pixels import bounds, quantize, save_image
-from fd2fast.inputs import Inputs
-from fd2fast.memory import StepMemory, free_bytes, is_out_of_memory, too_small
+from fd2fast.distillation.memory import StepMemory, free_bytes, is_out_of_memory, too_small
+from fd2fast.distillation.start import Inputs
 from fd2fast.models.fused import FusedTeacher
-from fd2fast.progress import Progress
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 from fd2fast.step import GroupedStep, check_losses
-from fd2fast.workers import Workers
-from fd2fast.writer import Writer, to_host
+from fd2fast.system import threads
+from fd2fast.system.processes import Workers
+from fd2fast.system.progress import Progress
+from fd2fast.system.writer import Writer, to_host
 
 logger = logging.getLogger("fd2fast")
 
@@ -53,7 +53,7 @@ class Store(Protocol):
         """What was saved, or None."""
 
 
-class Engine:
+class PlanRunner:
     """Runs what is unfinished of a plan. Made for one call of `run`.
 
     All results lie in the stage's folder: images, and below `state` one record for each finished part and one file for each

@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fd2fast import limits
 from fd2fast.errors import UserError
+from fd2fast.system import limits
 
 KEPT = "what was finished before is kept: run the same command again"
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fd2fast import causes, limits
-from fd2fast.device import pick_device
 from fd2fast.errors import UserError
 from fd2fast.models.fused import FusedTeacher
-from fd2fast.recipe import Recipe
+from fd2fast.settings.recipe import Recipe
 from fd2fast.step import GroupedStep, Priors
+from fd2fast.system import causes, limits
+from fd2fast.system.device import pick_device
 
 logger = logging.getLogger("fd2fast")
 

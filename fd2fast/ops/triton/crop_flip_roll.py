@@ -19,7 +19,7 @@ def _new(like: Tensor, height: int, width: int, last: bool) -> Tensor:
 @torch.library.custom_op("fd2fast::crop_flip_roll", mutates_args=())
 def _crop(images: Tensor, params: Tensor, segments: Tensor, size: int) -> Tensor:
     out = _new(images, size, size, is_channels_last(images))
-    return _dispatch.kernels("augment").crop_fwd(images, params, segments, out)
+    return _dispatch.kernels("crop_flip_roll").crop_fwd(images, params, segments, out)
 
 
 @_crop.register_fake
@@ -30,7 +30,7 @@ def _(images, params, segments, size):
 @torch.library.custom_op("fd2fast::crop_flip_roll_adjoint", mutates_args=())
 def _adjoint(grad: Tensor, params: Tensor, segments: Tensor, height: int, width: int, last: bool) -> Tensor:
     out = _new(grad, height, width, last)
-    return _dispatch.kernels("augment").crop_bwd(grad, params, segments, out)
+    return _dispatch.kernels("crop_flip_roll").crop_bwd(grad, params, segments, out)
 
 
 @_adjoint.register_fake

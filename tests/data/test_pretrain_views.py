@@ -5,8 +5,8 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
-from fd2fast.config import PretrainConfig
-from fd2fast.data import augment
+from fd2fast.data import pretrain_views as augment
+from fd2fast.settings.config import PretrainConfig
 
 
 def pictures(count: int, size: int = 24, seed: int = 0) -> torch.Tensor:

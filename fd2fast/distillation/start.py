@@ -16,12 +16,12 @@ from fd2fast import ops
 from fd2fast.artifacts import Dataset, Images, Patches
 from fd2fast.data.pixels import normalise, read_image
 from fd2fast.data.store import ImageSet, load_split
+from fd2fast.distillation.planner import COLUMNS, Plan, TableStream, cosine_rates, iteration_table
 from fd2fast.errors import UserError
 from fd2fast.methods import method_of
 from fd2fast.models.teacher import Teacher
-from fd2fast.planner import COLUMNS, Plan, TableStream, cosine_rates, iteration_table
-from fd2fast.recipe import Recipe
 from fd2fast.seeding import derive, generator, numpy_generator
+from fd2fast.settings.recipe import Recipe
 from fd2fast.step import Priors
 
 Draws = Mapping[int, ArrayLike]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from fd2fast.streams import lines, plain
+from fd2fast.system.streams import lines, plain
 
 try:
     from tqdm import tqdm

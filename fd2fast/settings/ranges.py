@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 from annotated_types import Ge, Gt, Interval, MinLen, Predicate
 
 from fd2fast.errors import nearest, refuse
-from fd2fast.paths import expand
+from fd2fast.settings.paths import expand
 
 if TYPE_CHECKING:  # loaded where something is checked: help and light imports do without
     from pydantic import TypeAdapter

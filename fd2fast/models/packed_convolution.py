@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fd2fast.models.held import Held
+from fd2fast.models.weight_forms import Held
 
 Pair = tuple[int, int]
 

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
-from fd2fast.config import DistillConfig
+from fd2fast.settings.config import DistillConfig
 
 
 @dataclass(frozen=True)

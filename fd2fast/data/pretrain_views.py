@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fd2fast.config import PretrainConfig
+from fd2fast.settings.config import PretrainConfig
 
 GREY = (0.2989, 0.587, 0.114)
 _TRIES = 10

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from fd2fast import pool
 from fd2fast.errors import UserError
-from fd2fast.pool import Task, side_by_side
+from fd2fast.system import tasks as pool
+from fd2fast.system.tasks import Task, side_by_side
 
 HERE = "test_pool_calls"
 

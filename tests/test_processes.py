@@ -9,12 +9,12 @@ import pytest
 
 from fd2fast import cli
 from fd2fast.errors import UserError
-from fd2fast.workers import Workers, current, is_first, local_count
+from fd2fast.system.processes import Workers, current, is_first, local_count
 
 JOB = """
 import sys, time
 from pathlib import Path
-from fd2fast.workers import current, is_first, local_count
+from fd2fast.system.processes import current, is_first, local_count
 workers, out = current(), Path(sys.argv[1])
 assert (workers.world, local_count(), is_first()) == (2, 2, workers.rank == 0)
 made = workers.first(lambda: (out / "made").exists() or ((out / "made").touch(), time.sleep(.3)))

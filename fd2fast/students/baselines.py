@@ -13,8 +13,8 @@ from fd2fast.data.store import ImageSet, load_split
 from fd2fast.data.views import images_at_once
 from fd2fast.errors import UserError, nearest
 from fd2fast.models.teacher import load_teacher
-from fd2fast.progress import track
 from fd2fast.seeding import numpy_generator
+from fd2fast.system.progress import track
 
 Picker = Callable[[np.ndarray, int], np.ndarray]
 

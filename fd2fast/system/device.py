@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from fd2fast import isa, limits
 from fd2fast.errors import UserError, nearest
+from fd2fast.system import isa, limits
 
 Config = TypeVar("Config")
 

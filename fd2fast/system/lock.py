@@ -30,8 +30,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from fd2fast import causes
 from fd2fast.errors import UserError
+from fd2fast.system import causes
 
 # Names that begin so are never part of a result.
 OURS = ".fd2fast-"

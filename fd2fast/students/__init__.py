@@ -1,0 +1,1 @@
+"""Students, and the real images that methods are compared with."""
