@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 
+from fd2fast.data.crops import TRIES, random_resized_crops
 from fd2fast.settings.config import PretrainConfig
 
 GREY = (0.2989, 0.587, 0.114)
-_TRIES = 10
 
 
 def pretrain_views(images: torch.Tensor, config: PretrainConfig, generator: torch.Generator) -> torch.Tensor:
@@ -23,10 +21,12 @@ def pretrain_views(images: torch.Tensor, config: PretrainConfig, generator: torc
     if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images must be float [N, 3, S, S], got {images.dtype} {list(images.shape)}")
     count, device = len(images), images.device
-    draws = torch.rand(count, 8 + 2 * _TRIES, generator=generator, dtype=torch.float64)
+    draws = torch.rand(count, 8 + 2 * TRIES, generator=generator, dtype=torch.float64)
     order = torch.rand(count, 4, generator=generator).argsort(1)
     if config.min_crop < 1:
-        boxes = crop_boxes(draws[:, 8:], draws[:, 6:8], images.shape[-2:], (config.min_crop, 1.0), (3 / 4, 4 / 3))
+        boxes = random_resized_crops(
+            draws[:, 8:].unflatten(1, (-1, 2)), draws[:, 6:8], images.shape[-2:], (config.min_crop, 1.0)
+        )
         images = crop_resize(images, boxes)
     if config.flip > 0:
         flipped = (draws[:, 0] < config.flip).to(device).view(-1, 1, 1, 1)
@@ -44,36 +44,6 @@ def pretrain_views(images: torch.Tensor, config: PretrainConfig, generator: torc
 def _spread(uniform: torch.Tensor, amount: float) -> torch.Tensor:
     low = max(0.0, 1 - amount)
     return low + uniform * (1 + amount - low)
-
-
-def crop_boxes(
-    tries: torch.Tensor,
-    corner: torch.Tensor,
-    shape: torch.Size | tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> torch.Tensor:
-    """Boxes int64 [N, 4] = (top, left, height, width) of torchvision's RandomResizedCrop from uniform draws.
-
-    tries [N, 20]: area and log-ratio of ten attempts, of which the first that fits is taken; where none does, the largest
-    centred box of an allowed ratio. corner [N, 2]: where the box lies.
-    """
-    height, width = int(shape[0]), int(shape[1])
-    area = height * width * (scale[0] + tries[:, 0::2] * (scale[1] - scale[0]))
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = torch.exp(log_low + tries[:, 1::2] * (log_high - log_low))
-    w = torch.sqrt(area * aspect).round().long()
-    h = torch.sqrt(area / aspect).round().long()
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.int().argmax(1, keepdim=True)
-    w, h, found = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
-    top = (corner[:, 0] * (height - h + 1)).floor().long()
-    left = (corner[:, 1] * (width - w + 1)).floor().long()
-    whole = width / height
-    full_h = round(width / ratio[0]) if whole < ratio[0] else height
-    full_w = round(height * ratio[1]) if whole > ratio[1] else width
-    fallback = torch.tensor([(height - full_h) // 2, (width - full_w) // 2, full_h, full_w])
-    return torch.where(found[:, None], torch.stack([top, left, h, w], 1), fallback)
 
 
 def crop_resize(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:

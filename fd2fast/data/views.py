@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,15 +13,13 @@ from torch import Tensor
 
 from fd2fast import ops
 from fd2fast.artifacts import Labels
+from fd2fast.data.crops import TRIES, random_resized_crops
 from fd2fast.data.pixels import normalise
 from fd2fast.errors import UserError, refuse
 from fd2fast.seeding import numpy_generator
 from fd2fast.settings.config import wrong_settings
 from fd2fast.settings.ranges import AnySeed, Area, Positive, Share
 
-# Bounds of width / height of a crop, and how often a crop that leaves the image is drawn anew (torchvision's rule).
-RATIO = (3 / 4, 4 / 3)
-TRIES = 10
 # Images of one batch where the settings name none (the released protocol).
 USUAL_BATCH = 20
 
@@ -135,22 +132,11 @@ def batch_offsets(images: int, batch_size: int | None) -> np.ndarray:
 def draw_crops(uniform: np.ndarray, size: int, min_crop: float) -> np.ndarray:
     """Random resized crops of a size x size image from uniforms [N, TRIES, 4] in [0,1): int16 [N,4] (top, left, h, w).
 
-    Area share uniform in [min_crop, 1], log aspect ratio uniform in RATIO, side lengths rounded; the first of the tries
-    that fits counts, and the whole image where none does (torchvision's RandomResizedCrop on a square).
+    Area share uniform in [min_crop, 1]; see `random_resized_crops`.
     """
-    area = (min_crop + uniform[..., 0] * (1 - min_crop)) * size * size
-    low, high = math.log(RATIO[0]), math.log(RATIO[1])
-    ratio = np.exp(low + uniform[..., 1] * (high - low))
-    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (width >= 1) & (width <= size) & (height >= 1) & (height <= size)
-    chosen = fits.argmax(1)
-    row = np.arange(len(uniform))
-    whole = ~fits[row, chosen]
-    height = np.where(whole, size, height[row, chosen])
-    width = np.where(whole, size, width[row, chosen])
-    top = np.floor(uniform[row, chosen, 2] * (size - height + 1))
-    left = np.floor(uniform[row, chosen, 3] * (size - width + 1))
-    return np.stack([top, left, height, width], 1).astype(np.int16)
+    draws = torch.from_numpy(uniform)
+    boxes = random_resized_crops(draws[..., :2], draws[..., 2:], (size, size), (min_crop, 1.0))
+    return boxes.numpy().astype(np.int16)
 
 
 def cut_box(lam: np.ndarray, centre: np.ndarray, size: int) -> np.ndarray:

@@ -1,9 +1,8 @@
 """CDA: SRe2L whose random crops go from easy to hard (Yin and Shen, Dataset Distillation in Large Data Era, 2023)."""
 
-import math
-
 from fd2fast.methods.method import Method
 from fd2fast.methods.registry import register_method
+from fd2fast.schedules import half_cosine
 from fd2fast.settings.recipe import Recipe
 
 
@@ -12,7 +11,7 @@ def smallest_crop(recipe: Recipe, iteration: int) -> float:
 
     The published code's "cosine" mode with milestone 1.
     """
-    share = (1 + math.cos(math.pi * iteration / recipe.total_iterations)) / 2
+    share = half_cosine(iteration, recipe.total_iterations)
     return recipe.min_crop + (1 - recipe.min_crop) * share
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from fd2fast.schedules import half_cosine
 from fd2fast.settings.recipe import Recipe
 
 
@@ -173,7 +173,7 @@ def optimise_segment(
             if t == iterations:
                 return images.detach()
             for group in optimizer.param_groups:
-                group["lr"] = 0.5 * (1 + math.cos(math.pi * t / total)) * recipe.lr
+                group["lr"] = half_cosine(t, total) * recipe.lr
             view = crop_flip_roll(images, draws[t], size)
             optimizer.zero_grad()
             if recipe.teacher_schedule == "round_robin":

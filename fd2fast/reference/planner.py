@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fd2fast.schedules import half_cosine
+
 TRIES = 10
 MOST = 2**31 - 1  # ids and counts fit int32
 
@@ -215,7 +217,7 @@ def _fallback(size: int, ratio: tuple[float, float]) -> list[int]:
 
 def cosine_rates(lr: float, first_iteration: int, count: int, total: int) -> list[float]:
     """Half a cosine from lr at iteration 0 to 0 at `total` (the public recover scripts' schedule)."""
-    return [0.5 * (1.0 + math.cos(math.pi * t / total)) * lr for t in range(first_iteration, first_iteration + count)]
+    return [half_cosine(t, total) * lr for t in range(first_iteration, first_iteration + count)]
 
 
 def philox_array(seed: int, counters: NDArray[np.uint32]) -> NDArray[np.uint32]:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from fd2fast import ops, seeding
 from fd2fast.artifacts import Dataset, Patches, PatchesFacts, Stage, TeacherArtifact, open_stage, sync_folder
+from fd2fast.data.crops import random_resized_crops
 from fd2fast.data.outline import Outline, outline_of
 from fd2fast.data.pixels import grid, normalise, read_image, save_image
-from fd2fast.data.pretrain_views import crop_boxes
 from fd2fast.data.store import ImageSet, load_split
 from fd2fast.entries import Entry, patch_factors
 from fd2fast.errors import refuse
@@ -138,7 +138,9 @@ def rank_crops(
     count, size = len(images), images.shape[-1]
     side = size // config.factor
     uniform = torch.rand(count * config.crops, 22, generator=draws, dtype=torch.float64)
-    boxes = crop_boxes(uniform[:, :20], uniform[:, 20:], (size, size), (config.min_crop, 1.0), (1.0, 1.0))
+    boxes = random_resized_crops(
+        uniform[:, :20].unflatten(1, (-1, 2)), uniform[:, 20:], (size, size), (config.min_crop, 1.0), (1.0, 1.0)
+    )
     params = F.pad(boxes, (0, 3)).int()  # no flip, no roll
     owner = torch.arange(count).repeat_interleave(config.crops)
     before = (size - side) // 2

@@ -42,6 +42,7 @@ from fd2fast.models.sight import must_see
 from fd2fast.models.teacher import Teacher
 from fd2fast.models.training import accelerate
 from fd2fast.pictures import figure, picture, plotting, png
+from fd2fast.schedules import half_cosine
 from fd2fast.settings.config import PretrainConfig, RunConfig, replace, wrong_settings
 from fd2fast.system import threads
 from fd2fast.system.device import autocast, channels_last, device_faults, pick_device, repeatable, settle_precision
@@ -235,7 +236,7 @@ def learning_rate(config: PretrainConfig, epoch: int, step: int, steps: int) -> 
     if done < config.warmup:
         return config.lr * min(1.0, (done + 1 / steps) / config.warmup)
     share = (done - config.warmup) / max(config.epochs - config.warmup, 1e-9)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    return config.lr * half_cosine(min(share, 1.0), 1.0)
 
 
 def batches(count: int, batch_size: int, order: Tensor) -> list[Tensor]:

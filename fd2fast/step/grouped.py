@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from fd2fast.methods import Term
 from fd2fast.models.fused import FusedTeacher, fuse
 from fd2fast.models.teacher import Teacher
 from fd2fast.ops.cpu import native
+from fd2fast.schedules import half_cosine
 from fd2fast.settings.recipe import Recipe
 from fd2fast.step.capture import Captures, CudaRecorder
 from fd2fast.step.checks import check_images, check_priors, check_table, check_teachers
@@ -159,8 +159,8 @@ class GroupedStep:
         draws = torch.as_tensor(params).cpu()
         count, total = len(draws) if draws.ndim else 0, self.total_iterations
         if rates is None:
-            angles = [math.pi * t / total for t in range(first, first + count)]
-            rates = torch.tensor([0.5 * (1 + math.cos(a)) * self.recipe.lr for a in angles], dtype=torch.float64)
+            falling = [half_cosine(t, total) * self.recipe.lr for t in range(first, first + count)]
+            rates = torch.tensor(falling, dtype=torch.float64)
         rates = torch.as_tensor(rates)
         check_table(draws, rates, first, self.phases, len(self.offsets) - 1)
         begins = [self.phases.begins[self.phases.of(t)] for t in range(first, first + count)]

@@ -50,6 +50,7 @@ from fd2fast.data.views import (
 from fd2fast.errors import UserError
 from fd2fast.models.classifier import build_classifier
 from fd2fast.models.training import accelerate
+from fd2fast.schedules import half_cosine
 from fd2fast.settings.config import EvaluateConfig
 from fd2fast.system import threads
 from fd2fast.system.device import autocast, channels_last, pick_device, repeatable
@@ -300,7 +301,7 @@ class Training:
 
 def learning_rate(lr: float, epoch: int, epochs: int, eta: float) -> float:
     """lr(e) = (1 + cos(pi e / (E eta))) / 2 * lr: eta 1 ends at 0, eta 2 at half of lr."""
-    return 0.5 * (1 + math.cos(math.pi * epoch / (epochs * eta))) * lr
+    return half_cosine(epoch, epochs * eta) * lr
 
 
 def soft_loss(scores: Tensor, labels: Tensor, temperature: float) -> Tensor:

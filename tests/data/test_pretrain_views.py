@@ -6,6 +6,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from fd2fast.data import pretrain_views as augment
+from fd2fast.data.crops import random_resized_crops
 from fd2fast.settings.config import PretrainConfig
 
 
@@ -71,7 +72,7 @@ def test_crop_equals_resized_crop() -> None:
 def test_crop_boxes_have_torchvisions_distribution() -> None:
     count, size, scale, ratio = 4000, 32, (0.3, 1.0), (3 / 4, 4 / 3)
     draws = torch.rand(count, 22, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ours = augment.crop_boxes(draws[:, 2:], draws[:, :2], (size, size), scale, ratio).double()
+    ours = random_resized_crops(draws[:, 2:].unflatten(1, (-1, 2)), draws[:, :2], (size, size), scale, ratio).double()
     torch.manual_seed(0)
     image = torch.zeros(1, size, size)
     theirs = torch.tensor(
@@ -84,7 +85,9 @@ def test_crop_boxes_have_torchvisions_distribution() -> None:
         assert abs(ours[:, column].mean() - theirs[:, column].mean()) < 4 * error
         torch.testing.assert_close(ours[:, column].std(), theirs[:, column].std(), rtol=0.06, atol=0)
     impossible = torch.full((2, 20), 1.0, dtype=torch.float64)  # area of all, widest ratio: never fits
-    whole = augment.crop_boxes(impossible, torch.rand(2, 2).double(), (size, size), (1.0, 1.0), (2.0, 3.0))
+    whole = random_resized_crops(
+        impossible.unflatten(1, (-1, 2)), torch.rand(2, 2).double(), (size, size), (1.0, 1.0), (2.0, 3.0)
+    )
     assert whole.tolist() == [[8, 0, 16, 32]] * 2
 
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from fd2fast import artifacts, seeding
+from fd2fast.data.crops import random_resized_crops
 from fd2fast.data.pixels import normalise, read_image
-from fd2fast.data.pretrain_views import crop_boxes
 from fd2fast.data.store import load_split
 from fd2fast.errors import UserError
 from fd2fast.models.teacher import load_teacher
@@ -40,7 +40,9 @@ def best_crops_by_hand(config, dataset, teacher, label, repetition, pool):
         generator=seeding.generator(config.seed, "patches", label, repetition),
         dtype=torch.float64,
     )
-    boxes = crop_boxes(draws[:, :20], draws[:, 20:], (size, size), (config.min_crop, 1.0), (1.0, 1.0)).tolist()
+    boxes = random_resized_crops(
+        draws[:, :20].unflatten(1, (-1, 2)), draws[:, 20:], (size, size), (config.min_crop, 1.0), (1.0, 1.0)
+    ).tolist()
     found = []
     for i, index in enumerate(train.of_class(label)[:pool]):
         of_image = []
