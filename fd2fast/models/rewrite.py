@@ -30,7 +30,7 @@ from fd2fast.models.frozen_layers import (
     Segments,
     map_statistics,
 )
-from fd2fast.ops.eager.activation import masked_activation
+from fd2fast.ops import _dispatch
 from fd2fast.ops.eager.segments import distance
 from fd2fast.reference._offsets import accumulation_dtype
 
@@ -122,7 +122,8 @@ class _Activation(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return masked_activation(x, self.activation)
+        y: Tensor = _dispatch.run("activation", "auto", x, self.activation)
+        return y
 
 
 class _OddBatchNorm(nn.Module):

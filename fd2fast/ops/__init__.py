@@ -1,6 +1,7 @@
 """The differentiable operations of the step; each checks its input, then runs on the backend that takes it."""
 
 from fd2fast.ops import cpu, eager, triton
+from fd2fast.ops.activation import activation
 from fd2fast.ops.adam_clamp import adam_clamp_
 from fd2fast.ops.attention_similarity import attention_similarity_loss
 from fd2fast.ops.bilinear_attention_pool import bilinear_attention_pool
@@ -21,6 +22,7 @@ from fd2fast.ops.prototype_loss import prototype_loss
 BACKENDS = cpu, eager, triton
 
 __all__ = [
+    "activation",
     "adam_clamp_",
     "attention_similarity_loss",
     "bilinear_attention_pool",

@@ -9,8 +9,7 @@ from fd2fast import reference
 from fd2fast.ops import _checks, _dispatch
 from fd2fast.ops._batch_norm import BatchNorm
 from fd2fast.reference._offsets import Offsets, device_offsets
-
-ACTIVATIONS = ("identity", "relu", "relu6")
+from fd2fast.reference.activation import ACTIVATIONS
 
 
 def _statistics_by_reference(x: Tensor, segments: Offsets) -> Tensor:

@@ -1,5 +1,6 @@
-"""Plain-torch specifications of the operations; they are also the CPU backend."""
+"""Plain-torch specifications of the operations; they are also the backend for whatever no other takes."""
 
+from fd2fast.reference.activation import activation
 from fd2fast.reference.adam_clamp import adam_clamp_
 from fd2fast.reference.attention_similarity import attention_similarity_loss
 from fd2fast.reference.bilinear_attention_pool import bilinear_attention_pool
@@ -10,6 +11,7 @@ from fd2fast.reference.normalized_l2 import normalized_l2
 from fd2fast.reference.prototype_loss import prototype_loss
 
 __all__ = [
+    "activation",
     "adam_clamp_",
     "attention_similarity_loss",
     "bilinear_attention_pool",

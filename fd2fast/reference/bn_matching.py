@@ -11,6 +11,7 @@ from fd2fast.reference._offsets import (
     host_offsets,
     row_owner,
 )
+from fd2fast.reference.activation import activation as activate
 
 
 def segment_statistics(x: Tensor, segments: Offsets) -> tuple[Tensor, Tensor]:
@@ -79,13 +80,7 @@ def bn_act(
     y = x.to(dtype) * scale[:, None, None] + shift[:, None, None]
     if residual is not None:
         y = y + residual.to(dtype)
-    if activation == "relu":
-        y = torch.relu(y)
-    elif activation == "relu6":
-        y = torch.nn.functional.relu6(y)
-    elif activation != "identity":
-        raise ValueError(f'activation must be "relu", "relu6" or "identity", got {activation!r}')
-    return y.to(x.dtype)
+    return activate(y, activation).to(x.dtype)
 
 
 def bn_act_matching(

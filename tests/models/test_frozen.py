@@ -12,10 +12,9 @@ from fd2fast import ops, reference
 from fd2fast.models import convolution
 from fd2fast.models import frozen_layers as frozen
 from fd2fast.ops import _dispatch
-from fd2fast.ops.bn_matching import ACTIVATIONS
 from fd2fast.ops.cpu import native
-from fd2fast.ops.eager.activation import activate, masked_activation
 from fd2fast.ops.eager.segments import statistics
+from fd2fast.reference.activation import ACTIVATIONS
 
 SEGMENTS = (0, 1, 1, 4, 6)
 CHANNELS = (1, 3, 8, 24, 58)
@@ -214,12 +213,12 @@ def test_masked_activation_keeps_bits(activation, shape):
     x.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = masked_activation(x, activation)
+        y = ops.activation(x, activation)
     assert [t.numel() * t.element_size() for t in kept] == [-(-x.numel() // 8)]
     weights = torch.randn(shape)
     (grad,) = torch.autograd.grad((y * weights).sum(), x)
     plain = x.detach().requires_grad_()
-    wanted = activate(plain, activation)
+    wanted = reference.activation(plain, activation)
     assert torch.equal(y, wanted)
     assert torch.equal(grad, torch.autograd.grad((wanted * weights).sum(), plain)[0])
 

@@ -19,6 +19,7 @@ def _flat(outputs):
 
 
 CASES = {
+    "activation": lambda x: ops.activation(x, "relu6"),
     "bilinear_attention_pool": lambda x: ops.bilinear_attention_pool(x, x[:, :2].abs()),
     "normalized_l2": lambda x: ops.normalized_l2(x, x.detach() + 1),
     "prototype_loss": lambda x: ops.prototype_loss(x.flatten(1), _constants(5, 75), torch.tensor([0, 1, 4, 2])),

@@ -6,8 +6,8 @@ import torch
 from bench.numerics import check_kernel
 from fd2fast import ops, reference
 from fd2fast.ops import _dispatch
-from fd2fast.ops.bn_matching import ACTIVATIONS
 from fd2fast.ops.cpu import native
+from fd2fast.reference.activation import ACTIVATIONS
 
 LAST = torch.channels_last
 SEGMENTS = (0, 1, 1, 4, 6)
@@ -116,6 +116,25 @@ def test_statistics_and_matching(dtype, backend):
         [x],
         dtype,
     )
+
+
+@TYPES
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation(name, dtype):
+    x = 4 * _maps(3, 5, 4, 7, dtype=dtype)
+    x[0, 0, 0, :3] = torch.tensor([0.0, 6.0, -0.0])  # the kinks
+    for shape in ((3, 5, 4, 7), (3, 140)):
+        _check(
+            lambda x, backend: ops.activation(x, name, backend=backend),
+            lambda x: reference.activation(x, name),
+            "eager",
+            [x.reshape(shape)],
+            dtype,
+        )
+    with pytest.raises(ValueError, match="got 'gelu'"):
+        ops.activation(x, "gelu")
+    with pytest.raises(ValueError, match="x must be float16"):
+        ops.activation(x.int(), "relu")
 
 
 @BACKENDS

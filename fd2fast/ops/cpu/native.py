@@ -12,6 +12,8 @@ from typing import Any
 import torch  # before _frozen, so that both share one OpenMP runtime
 from torch import Tensor
 
+from fd2fast.reference.activation import ACTIVATIONS
+
 _native: ModuleType | None
 WHY_NOT: str | None
 try:
@@ -21,7 +23,8 @@ except ImportError as error:
 else:
     WHY_NOT = None
 
-_ACTIVATIONS = {"identity": 0, "relu": 1, "relu6": 2}
+# by the number that the extension has for each
+_ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _TYPES = (torch.float32, torch.bfloat16)
 
 

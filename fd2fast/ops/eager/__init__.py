@@ -28,6 +28,6 @@ def why_not(first: Tensor | Sequence[Tensor], *arguments: Any, **settings: Any) 
     return None
 
 
-from fd2fast.ops.eager import bilinear_attention_pool, bn_matching, max_pool  # noqa: E402
+from fd2fast.ops.eager import activation, bilinear_attention_pool, bn_matching, max_pool  # noqa: E402
 
-__all__ = ["bilinear_attention_pool", "bn_matching", "max_pool", "why_not"]
+__all__ = ["activation", "bilinear_attention_pool", "bn_matching", "max_pool", "why_not"]

@@ -1,4 +1,4 @@
-"""Activations by name with a backward pass that keeps one bit for each element, in torch's operations."""
+"""activation in torch's operations, keeping one bit for each element; its masks, for others too."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,18 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fd2fast.ops import _dispatch
 from fd2fast.ops._layout import is_channels_last
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    """The activation by name; ValueError for another."""
-    if activation == "relu":
-        return F.relu(x)
-    if activation == "relu6":
-        return F.relu6(x)
-    if activation == "identity":
-        return x
-    raise ValueError(f'activation must be "relu", "relu6" or "identity", got {activation!r}')
+from fd2fast.ops.eager import why_not
+from fd2fast.reference.activation import activation as activate
 
 
 def is_open(x: Tensor, activation: str) -> Tensor:
@@ -67,6 +59,11 @@ class _MaskedActivation(torch.autograd.Function):
         return grad * unpack_bits(packed, *ctx.layout), None
 
 
-def masked_activation(x: Tensor, activation: str) -> Tensor:
-    """ReLU or ReLU6 whose backward keeps one bit per element."""
-    return _MaskedActivation.apply(x, activation)
+def _by_torch(x: Tensor, name: str) -> Tensor:
+    if name == "identity":
+        return x
+    y: Tensor = _MaskedActivation.apply(x, name)
+    return y
+
+
+_dispatch.register("activation", "eager", _by_torch, why_not)
