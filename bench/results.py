@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from fd2fast import __version__, isa, pictures
+from fd2fast import __version__, pictures
 from fd2fast.artifacts import write_bytes, write_json
 from fd2fast.errors import UserError
+from fd2fast.system import isa
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = 1

@@ -197,7 +197,7 @@ with stopping.raising(lambda number: print("stopped by", number, flush=True)):
 
 def test_a_signal_while_the_interpreter_ends_says_nothing():
     code = (
-        "import atexit, os, signal; from fd2fast import stopping\n"
+        "import atexit, os, signal; from fd2fast.system import stopping\n"
         "atexit.register(os.kill, os.getpid(), signal.SIGINT); stopping.be_deaf_at_exit()"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

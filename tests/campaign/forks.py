@@ -36,7 +36,18 @@ _REASON = re.compile(r"^error(?: \(process \d+ of the job\))?: ", re.MULTILINE)
 
 # What commands import, also late.
 MODULES = (
-    *(f"fd2fast.{name}" for name in ("cli", "engine", "pipeline", "student", "info", "baselines", "data.prepare")),
+    *(
+        f"fd2fast.{name}"
+        for name in (
+            "cli",
+            "distillation.runner",
+            "pipeline",
+            "students.student",
+            "info",
+            "students.baselines",
+            "data.prepare",
+        )
+    ),
     *(
         f"fd2fast.stages.{name}"
         for name in ("distill", "evaluate", "exchange", "patches", "pretrain", "relabel", "report")

@@ -103,12 +103,12 @@ def test_prototype_loss():
 
 @pytest.mark.parametrize("size", [6, 3])
 def test_crop_flip_roll_and_its_adjoint(size):
-    from fd2fast.kernels import augment
+    from fd2fast.kernels import crop_flip_roll
 
     params, segments = torch.tensor([[0, 1, 4, 3, 1, 2, 1], [1, 0, 3, 4, 0, 1, 3]]), torch.tensor([0, 2, 3])
     images, grad = torch.randn(3, 3, 5, 4), torch.randn(3, 3, size, size)
-    out = augment.crop_fwd(_far_apart(images.half()), params, segments, _far_apart(grad.half()))
-    adjoint = augment.crop_bwd(_far_apart(grad.half()), params, segments, _far_apart(images.half()))
+    out = crop_flip_roll.crop_fwd(_far_apart(images.half()), params, segments, _far_apart(grad.half()))
+    adjoint = crop_flip_roll.crop_bwd(_far_apart(grad.half()), params, segments, _far_apart(images.half()))
     images = images.half().requires_grad_()
     expected = ops.crop_flip_roll(images, params, segments, size, backend="reference")
     torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)

@@ -13,7 +13,7 @@ import torch
 from distill_tools import MEAN, OTHER, STD, make_dataset, make_patches, make_teacher
 from PIL import Image
 
-import fd2fast
+from fd2fast import students
 from fd2fast.artifacts import Artifact, file_digest, load
 from fd2fast.distillation import runner
 from fd2fast.distillation.memory import StepMemory, measure
@@ -356,7 +356,7 @@ def test_baselines_are_written_like_distilled_images(room: types.SimpleNamespace
     with pytest.MonkeyPatch.context() as patched:
         fake = types.SimpleNamespace(select=select)
         patched.setitem(sys.modules, "fd2fast.students.baselines", fake)
-        patched.setattr(fd2fast, "baselines", fake, raising=False)
+        patched.setattr(students, "baselines", fake, raising=False)
         made = distill.run(settings(method="random", ipc=2), tmp_path / "a", room.dataset, [room.teacher])
         with pytest.raises(UserError, match="'rded' starts from patches and none were given"):
             distill.run(settings(method="rded", ipc=2), tmp_path / "b", room.dataset, [room.teacher])
