@@ -33,18 +33,29 @@ def bn_act_backward(
     /,
 ) -> None: ...
 def statistics(map: Map, x: int, mean: int, var: int, /) -> None: ...
-def affine(map: Map, x: int, slope: int, offset: int, grad_x: int, /) -> None: ...
+def statistics_backward(map: Map, x: int, mean: int, grad_mean: int, grad_var: int, grad_x: int, /) -> None: ...
 def join_forward(
-    map: Map, constants: Sequence[int], activation: int, maps: Sequence[int], channels: Sequence[int], y: int, /
+    map: Map,
+    constants: Sequence[int],
+    activation: int,
+    maps: Sequence[int],
+    statistics: Sequence[int],
+    channels: Sequence[int],
+    y: int,
+    loss: int,
+    /,
 ) -> None: ...
 def join_backward(
     map: Map,
     constants: Sequence[int],
     activation: int,
     maps: Sequence[int],
+    statistics: Sequence[int],
     channels: Sequence[int],
     grad: int,
+    grad_loss: int,
     grads: Sequence[int],
+    grad_statistics: Sequence[int],
     /,
 ) -> None: ...
 def max_pool_forward(
@@ -82,6 +93,10 @@ def max_pool_backward(
 def distances(rows: int, classes: int, dims: int, z: int, prototypes: int, out: int, threads: int, /) -> None: ...
 def pull(
     rows: int, classes: int, dims: int, z: int, prototypes: int, weights: int, out: int, threads: int, /
+) -> None: ...
+def unit_root_forward(rows: int, dims: int, eps: float, x: int, z: int, norms: int, threads: int, /) -> None: ...
+def unit_root_backward(
+    rows: int, dims: int, eps: float, x: int, z: int, norms: int, grad: int, grad_x: int, threads: int, /
 ) -> None: ...
 def processor_level() -> int:
     """1 any processor, 3 and 4 the x86-64 levels, 5 level 4 with bf16."""
