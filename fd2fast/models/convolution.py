@@ -35,6 +35,7 @@ class Choices:
 
     def __init__(self, chosen: Mapping[str, str] | None = None):
         self._chosen = dict(chosen or {})
+        self._earlier: Mapping[str, str] = {}
         self.measuring = False
         self.version = 0  # rises with every change
 
@@ -49,13 +50,13 @@ class Choices:
         self.version += 1
 
     @contextlib.contextmanager
-    def measure(self) -> Iterator[None]:
-        """Within, kinds that are met for the first time are decided by time."""
-        self.measuring = True
+    def measure(self, earlier: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+        """Within, kinds that are met for the first time are decided as `earlier` has them, else by time."""
+        self.measuring, self._earlier = True, earlier
         try:
             yield
         finally:
-            self.measuring = False
+            self.measuring, self._earlier = False, {}
 
     def pick(self, kind: str, candidates: Mapping[str, Run]) -> str:
         """The name of the candidate to use for this kind."""
@@ -65,9 +66,12 @@ class Choices:
         first = next(iter(candidates))
         if not self.measuring:
             return first
-        seconds = _measured(candidates)
-        best = min(seconds, key=seconds.__getitem__)
-        self.take({kind: best if seconds[first] > _WORTH * seconds[best] else first})
+        if self._earlier.get(kind) in candidates:
+            self.take({kind: self._earlier[kind]})
+        else:
+            seconds = _measured(candidates)
+            best = min(seconds, key=seconds.__getitem__)
+            self.take({kind: best if seconds[first] > _WORTH * seconds[best] else first})
         return self._chosen[kind]
 
 

@@ -56,16 +56,16 @@ def tune(
     if not wanted() or any(teacher.classifier.device.type != "cpu" for teacher in teachers):
         return choices
     began = time.monotonic()
-    known = {} if remembered is None else _recall(remembered)
-    choices.take(known)
-    with choices.measure():
+    machine = _machine()
+    known = {} if remembered is None else _choices_of(machine, _contents(remembered))
+    with choices.measure(known):
         for teacher in teachers:
             for side in dict.fromkeys(sides):
                 _pass(teacher, min(rows, _ROWS), side)
             teacher.forget_packed()
-    fresh = {kind: name for kind, name in choices.chosen.items() if kind not in known}
+    fresh = {kind: name for kind, name in choices.chosen.items() if known.get(kind) != name}
     if fresh and remembered is not None:
-        _remember(remembered, fresh)
+        _remember(remembered, machine, fresh)
     used = ", ".join(f"{name} {count}" for name, count in Counter(choices.chosen.values()).most_common())
     log.info(
         "convolutions measured in %.1f s, kinds by algorithm: %s%s",
@@ -88,8 +88,8 @@ def _machine() -> str:
     return f"{name}; instruction sets {levels}; {torch.get_num_threads()} threads; torch {torch.__version__}"
 
 
-def _recall(file: Path) -> dict[str, str]:
-    known = _contents(file).get(_machine())
+def _choices_of(machine: str, contents: Mapping[str, object]) -> dict[str, str]:
+    known = contents.get(machine)
     if not isinstance(known, Mapping):
         return {}
     return {kind: name for kind, name in known.items() if isinstance(name, str)}
@@ -106,9 +106,9 @@ def _contents(file: Path) -> dict[str, object]:
     return contents if isinstance(contents, dict) else {}
 
 
-def _remember(file: Path, fresh: Mapping[str, str]) -> None:
-    contents, machine = _contents(file), _machine()
-    contents[machine] = _recall(file) | dict(fresh)
+def _remember(file: Path, machine: str, fresh: Mapping[str, str]) -> None:
+    contents = _contents(file)  # again: another run may have added to it
+    contents[machine] = _choices_of(machine, contents) | dict(fresh)
     try:
         with atomic_path(file) as temporary:
             temporary.write_text(json.dumps(contents, indent=1, sort_keys=True))
