@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dropin_tools import network_state
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -59,22 +60,6 @@ class Released:
         """(block of classes, image id) of every segment."""
         blocks = self.case["classes"] // self.case["segment_size"]
         return [(block, image_id) for block in range(blocks) for image_id in range(self.case["ipc"])]
-
-
-def network_state(data: Any, prefix: str) -> dict[str, Tensor]:
-    """A network's tensors: as they are, or as NAME#codes, four two-bit indices a byte into NAME#levels, of shape NAME#shape."""
-    found: dict[str, Tensor] = {}
-    for name in data.files:
-        key, _, kind = name.removeprefix(f"{prefix}/").partition("#")
-        if not name.startswith(f"{prefix}/") or kind in ("levels", "shape"):
-            continue
-        values = data[name]
-        if kind == "codes":
-            shape = tuple(int(n) for n in data[f"{prefix}/{key}#shape"])
-            indices = (values[:, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
-            values = data[f"{prefix}/{key}#levels"][indices.reshape(-1)[: int(np.prod(shape))]].reshape(shape)
-        found[key] = torch.tensor(values)
-    return found
 
 
 def settings(case: dict[str, Any]) -> DistillConfig:

@@ -31,7 +31,7 @@ from fd2fast.models.frozen_layers import (
     map_statistics,
 )
 from fd2fast.ops import _dispatch
-from fd2fast.ops.eager.segments import distance
+from fd2fast.ops._segments import distance
 from fd2fast.reference._offsets import accumulation_dtype
 
 log = logging.getLogger("fd2fast")

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fd2fast import reference
 from fd2fast.ops import _checks, _dispatch
-from fd2fast.ops._batch_norm import BatchNorm
-from fd2fast.reference._offsets import Offsets, device_offsets
+from fd2fast.ops._batch_norm import BatchNorm, joined_loss
+from fd2fast.reference._offsets import Offsets
 from fd2fast.reference.activation import ACTIVATIONS
 
 
@@ -30,9 +30,7 @@ def _joined_by_reference(
     maps: Sequence[Tensor], statistics: Sequence[Tensor], bn: BatchNorm, segments: Offsets, activation: str
 ) -> tuple[Tensor, Tensor]:
     y = reference.bn_act(torch.cat(list(maps), dim=1), *bn.constants, activation=activation, eps=bn.eps)
-    mean, var = torch.cat(list(statistics), dim=2).unbind()
-    loss = reference.match_statistics(mean, var, bn.running_mean, bn.running_var)
-    return y, torch.where(device_offsets(segments, loss.device).diff() > 0, loss, 0.0)
+    return y, joined_loss(statistics, bn, segments)
 
 
 for _name, _run in (

@@ -12,8 +12,8 @@ from fd2fast import ops, reference
 from fd2fast.models import convolution
 from fd2fast.models import frozen_layers as frozen
 from fd2fast.ops import _dispatch
+from fd2fast.ops._segments import statistics
 from fd2fast.ops.cpu import native
-from fd2fast.ops.eager.segments import statistics
 from fd2fast.reference.activation import ACTIVATIONS
 
 SEGMENTS = (0, 1, 1, 4, 6)

@@ -1,22 +1,15 @@
 """adam_clamp_ by the C++ kernel."""
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
-import torch  # before _adam, so that both share one OpenMP runtime
+import torch
 from torch import Tensor
 
 from fd2fast.ops import _dispatch
+from fd2fast.ops.cpu.extension import load
 
-_native: ModuleType | None
-WHY_NOT: str | None
-try:
-    from fd2fast import _adam as _native
-except ImportError as error:
-    _native, WHY_NOT = None, f"the C++ kernels are not built: {error}"
-else:
-    WHY_NOT = None
+_native, WHY_NOT = load("_adam")
 
 
 def _off_cpu(

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fd2fast.ops import _dispatch
-from fd2fast.ops._batch_norm import BatchNorm
+from fd2fast.ops._batch_norm import BatchNorm, operations
+from fd2fast.ops._segments import Segments, on_host
 from fd2fast.ops.cpu import native
-from fd2fast.ops.eager.segments import Segments, distance
-from fd2fast.reference._offsets import Offsets, host_offsets
+from fd2fast.reference._offsets import Offsets
 
 
 class _Statistics(torch.autograd.Function):
@@ -97,40 +97,10 @@ class _Joined(torch.autograd.Function):
         return *(None,) * 6, *grads, *grad_statistics
 
 
-def _host(segments: Offsets) -> Segments:
-    if isinstance(segments, tuple):
-        return segments
-    known = host_offsets(segments)
-    assert known is not None  # `_off_cpu` has seen to it
-    return known
-
-
-def _statistics_by_cpu(x: Tensor, segments: Offsets) -> Tensor:
-    both: Tensor = _Statistics.apply(x, _host(segments))
-    return both
-
-
-def _matching_by_cpu(x: Tensor, running_mean: Tensor, running_var: Tensor, segments: Offsets) -> Tensor:
-    known = _host(segments)
-    mean, var = _Statistics.apply(x, known).unbind()
-    return distance(mean, var, running_mean, running_var, known)
-
-
-def _act_matching_by_cpu(
-    x: Tensor, residual: Tensor | None, bn: BatchNorm, segments: Offsets, activation: str
-) -> tuple[Tensor, Tensor]:
-    y, loss = _BnAct.apply(x, residual, *bn.affine(x), _host(segments), activation)
-    return y, loss
-
-
-def _act_by_cpu(x: Tensor, residual: Tensor | None, bn: BatchNorm, activation: str) -> Tensor:
-    return _act_matching_by_cpu(x, residual, bn, (0, len(x)), activation)[0]
-
-
 def _joined_by_cpu(
     maps: Sequence[Tensor], statistics: Sequence[Tensor], bn: BatchNorm, segments: Offsets, activation: str
 ) -> tuple[Tensor, Tensor]:
-    y, loss = _Joined.apply(*bn.affine(maps[0]), _host(segments), activation, *maps, *statistics)
+    y, loss = _Joined.apply(*bn.affine(maps[0]), on_host(segments), activation, *maps, *statistics)
     return y, loss
 
 
@@ -151,8 +121,8 @@ def _joined_off_cpu(maps: Sequence[Tensor], statistics: Sequence[Tensor], *argum
     return None
 
 
-_dispatch.register("segment_statistics", "cpu", _statistics_by_cpu, _off_cpu, native.missing)
-_dispatch.register("bn_matching", "cpu", _dispatch.without_autocast(_matching_by_cpu), _off_cpu, native.missing)
-_dispatch.register("bn_act_matching", "cpu", _act_matching_by_cpu, _off_cpu, native.missing)
-_dispatch.register("bn_act", "cpu", _act_by_cpu, _off_cpu, native.missing)
+for _name, _run in operations(_Statistics, _BnAct).items():
+    # only the distance is torch's, and each layer of a step would pay for the guard
+    _guarded = _dispatch.without_autocast(_run) if _name == "bn_matching" else _run
+    _dispatch.register(_name, "cpu", _guarded, _off_cpu, native.missing)
 _dispatch.register("joined_bn_act_matching", "cpu", _joined_by_cpu, _joined_off_cpu, native.missing)

@@ -1,24 +1,17 @@
 """crop_flip_roll by the C++ kernels."""
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
-import torch  # before _crop, so that both share one OpenMP runtime
+import torch
 from torch import Tensor
 
 from fd2fast.ops import _dispatch
 from fd2fast.ops._layout import layout_of
+from fd2fast.ops.cpu.extension import load
 from fd2fast.reference._offsets import Offsets
 
-_native: ModuleType | None
-WHY_NOT: str | None
-try:
-    from fd2fast import _crop as _native
-except ImportError as error:
-    _native, WHY_NOT = None, f"the C++ kernels are not built: {error}"
-else:
-    WHY_NOT = None
+_native, WHY_NOT = load("_crop")
 
 
 class _OnHost(torch.autograd.Function):

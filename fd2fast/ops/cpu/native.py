@@ -6,22 +6,15 @@ import ctypes
 import os
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from types import ModuleType
 from typing import Any
 
-import torch  # before _frozen, so that both share one OpenMP runtime
+import torch
 from torch import Tensor
 
+from fd2fast.ops.cpu.extension import load
 from fd2fast.reference.activation import ACTIVATIONS
 
-_native: ModuleType | None
-WHY_NOT: str | None
-try:
-    from fd2fast import _frozen as _native
-except ImportError as error:
-    _native, WHY_NOT = None, f"the C++ kernels are not built: {error}"
-else:
-    WHY_NOT = None
+_native, WHY_NOT = load("_frozen")
 
 # by the number that the extension has for each
 _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}

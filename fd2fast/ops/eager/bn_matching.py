@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from fd2fast.ops import _dispatch
-from fd2fast.ops._batch_norm import BatchNorm
+from fd2fast.ops._batch_norm import BatchNorm, operations
 from fd2fast.ops._layout import is_channels_last
+from fd2fast.ops._segments import Segments, affine, distance, on_host, per_row, statistics
 from fd2fast.ops.eager import why_not
 from fd2fast.ops.eager.activation import activate, is_open, pack_bits, unpack_bits
-from fd2fast.ops.eager.segments import Segments, affine, distance, per_row, statistics
-from fd2fast.reference._offsets import Offsets, host_offsets
+from fd2fast.reference._offsets import Offsets
 
 
 class _Statistics(torch.autograd.Function):
@@ -123,48 +123,14 @@ def _with_channels(maps: Sequence[Tensor], scale: Tensor, shift: Tensor) -> list
     return [(x, a[:, None, None], b[:, None, None]) for x, a, b in parts]
 
 
-def _host(segments: Offsets) -> Segments:
-    known = host_offsets(segments)
-    assert known is not None  # `why_not` has seen to it
-    return known
-
-
-def _statistics_by_torch(x: Tensor, segments: Offsets) -> Tensor:
-    both: Tensor = _Statistics.apply(x, _host(segments))
-    return both
-
-
-def _matching_by_torch(x: Tensor, running_mean: Tensor, running_var: Tensor, segments: Offsets) -> Tensor:
-    known = _host(segments)
-    mean, var = _Statistics.apply(x, known).unbind()
-    return distance(mean, var, running_mean, running_var, known)
-
-
-def _act_matching_by_torch(
-    x: Tensor, residual: Tensor | None, bn: BatchNorm, segments: Offsets, activation: str
-) -> tuple[Tensor, Tensor]:
-    y, loss = _BnAct.apply(x, residual, *bn.affine(x), _host(segments), activation)
-    return y, loss
-
-
-def _act_by_torch(x: Tensor, residual: Tensor | None, bn: BatchNorm, activation: str) -> Tensor:
-    return _act_matching_by_torch(x, residual, bn, (0, len(x)), activation)[0]
-
-
 def _joined_by_torch(
     maps: Sequence[Tensor], statistics: Sequence[Tensor], bn: BatchNorm, segments: Offsets, activation: str
 ) -> tuple[Tensor, Tensor]:
     scale, shift, running_mean, running_var = bn.affine(maps[0])
     mean, var = torch.cat(list(statistics), dim=2).unbind()
     y: Tensor = _JoinedBnAct.apply(scale, shift, activation, *maps)
-    return y, distance(mean, var, running_mean, running_var, _host(segments))
+    return y, distance(mean, var, running_mean, running_var, on_host(segments))
 
 
-for _name, _run in (
-    ("segment_statistics", _statistics_by_torch),
-    ("bn_matching", _matching_by_torch),
-    ("bn_act_matching", _act_matching_by_torch),
-    ("bn_act", _act_by_torch),
-    ("joined_bn_act_matching", _joined_by_torch),
-):
+for _name, _run in (operations(_Statistics, _BnAct) | {"joined_bn_act_matching": _joined_by_torch}).items():
     _dispatch.register(_name, "eager", _dispatch.without_autocast(_run), why_not)

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fd2fast import reference
 from fd2fast.ops import _dispatch
-from fd2fast.ops._batch_norm import BatchNorm
+from fd2fast.ops._batch_norm import BatchNorm, joined_loss
 from fd2fast.ops._layout import dense, dense_like
 from fd2fast.reference._offsets import Offsets, accumulation_dtype, device_offsets
 
@@ -283,10 +282,7 @@ def _all_rows(rows: int, device: torch.device) -> Tensor:
 def _joined_by_triton(
     maps: Sequence[Tensor], statistics: Sequence[Tensor], bn: BatchNorm, segments: Offsets, activation: str
 ) -> tuple[Tensor, Tensor]:
-    mean, var = torch.cat(list(statistics), dim=2).unbind()
-    loss = reference.match_statistics(mean, var, bn.running_mean, bn.running_var)
-    filled = device_offsets(segments, loss.device).diff() > 0
-    return _Joined.apply(bn, activation, *maps), torch.where(filled, loss, 0.0)
+    return _Joined.apply(bn, activation, *maps), joined_loss(statistics, bn, segments)
 
 
 def _few_joined_rows(maps: Sequence[Tensor], *arguments: Any) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fd2fast.ops import _dispatch
+from fd2fast.ops._layout import layout_of
 from fd2fast.reference.max_pool import pooled_size
 
 
@@ -19,13 +20,8 @@ def _kernels() -> Any:
     return _dispatch.kernels("max_pool")
 
 
-def _order(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def _empty(x: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(*x.shape[:2], *size, dtype=dtype, device=x.device, memory_format=_order(x))
+    return torch.empty(*x.shape[:2], *size, dtype=dtype, device=x.device, memory_format=layout_of(x))
 
 
 @torch.library.custom_op("fd2fast::max_pool", mutates_args=())

@@ -5,9 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fd2fast.reference._offsets import accumulation_dtype, constant_tensor, equal_length
+from fd2fast.reference._offsets import Offsets, accumulation_dtype, constant_tensor, equal_length, host_offsets
 
 Segments = tuple[int, ...]
+
+
+def on_host(segments: Offsets) -> Segments:
+    """The offsets as ints, which a backend's reasons have made sure can be had without waiting for a device."""
+    if isinstance(segments, tuple):
+        return segments
+    known = host_offsets(segments)
+    assert known is not None
+    return known
 
 
 def _owner(segments: Segments, device: torch.device) -> Tensor:
