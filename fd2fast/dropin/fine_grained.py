@@ -130,17 +130,9 @@ def _recovery(
     return Recovery(
         script=script,
         target=known.target,
-        folder=Path(options.syn_data_path).expanduser() / options.exp_name,
-        first_id=options.ipc_start,
-        end_id=options.ipc_end,
         block=options.class_num,
-        first_class=options.start_index,
         members=members,
         voting=voting,
-        lr=options.lr,
-        r_bn=options.r_bn,
-        first_bn_multiplier=options.first_bn_multiplier,
-        augment=options.apply_data_augmentation,
         cal=True,
         characteristic=options.FC_ratio if options.FC else None,
         beta=options.IntraFC_ratio,
@@ -149,7 +141,6 @@ def _recovery(
         initial="noise" if patches is None else "patch by chance",
         pool=folder(options.model_pool_dir, "--model_pool_dir", "the folder of teachers"),
         patches=patches,
-        keep=options.store_best_images,
         extension="jpg",
         **common_of(options),
         **phases,
@@ -157,8 +148,17 @@ def _recovery(
 
 
 def common_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What fd2fast's own flags mean."""
+    """What the flags mean that every recover script has, and fd2fast's own."""
     return {
+        "folder": Path(options.syn_data_path).expanduser() / options.exp_name,
+        "first_id": options.ipc_start,
+        "end_id": options.ipc_end,
+        "first_class": options.start_index,
+        "lr": options.lr,
+        "r_bn": options.r_bn,
+        "first_bn_multiplier": options.first_bn_multiplier,
+        "augment": options.apply_data_augmentation,
+        "keep": options.store_best_images,
         "precision": options.fd2fast_precision,
         "device": options.fd2fast_device,
         "seed": options.fd2fast_seed,
